@@ -1,0 +1,1864 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V6E1
+#     machine_shape: hm
+#     provenance: []
+#     toc_visible: true
+#   jupytext:
+#     cell_metadata_filter: title,tags,-all
+#     comment_magics: false
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Pretrain a GPT on one chip
+#
+# This notebook trains a small language model from nothing, in raw JAX, on whatever is under it: a Colab TPU v6e (the
+# reference model, 268M parameters, on FineWeb-Edu), a GPU, or the two CPU cores of a free runtime (a demo of a few
+# million parameters, on Jane Austen and a century of American presidents, in a few minutes). Press *Run all*. You get a
+# loss curve, samples, a checkpoint, and a profile that TensorBoard can open.
+#
+# Every function that matters is on this page, in the order in which data flows through it: config → tokenizer → data →
+# model → loss → optimizer → train step → evaluation and samples → checkpoint → log → the loop. Read it like an essay,
+# then change a line and run it again.
+#
+# Shapes are written with the letters of [How to Scale Your Model](https://jax-ml.github.io/scaling-book/): **B** batch,
+# **T** sequence, **D** model, **N** query heads, **K** key/value heads, **H** head dim, **F** MLP hidden, **L** layers,
+# **V** vocabulary.
+
+# %% [markdown]
+# ## Setup
+#
+# The install cell adds only what the runtime lacks, and never replaces its jax: Colab's TPU image pairs jax with the
+# libtpu of its chip. No account is needed. `HF_TOKEN`, as a Colab secret or an environment variable, only raises the
+# Hub's rate limits.
+
+# %% Install tags=["run"]
+import importlib.util
+import subprocess
+import sys
+
+packages = (
+    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "xprof",
+    "matplotlib", "tqdm",
+)  # fmt: skip
+missing = [package for package in packages if importlib.util.find_spec(package) is None]
+if missing and "get_ipython" in globals():
+    print("installing", *missing)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+
+# %% Imports tags=["shared"]
+import argparse
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import lzma
+import math
+import os
+import queue
+import resource
+import shutil
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tiktoken
+from tqdm import tqdm
+
+# %% Environment tags=["shared"]
+GITHUB = "tpuchat/tpuchat"
+IN_NOTEBOOK = "get_ipython" in globals()
+
+# Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
+if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tpuchat" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+class InputError(ValueError):
+    """Something that a person gave is wrong: a Config value, a file, a checkpoint. The message is one line that says
+    what was wrong, the value, and what to do. As a script, it is printed to stderr and the exit status is 2."""
+
+
+def get_secret(name):
+    """A secret by name, or None: Colab's secrets panel first, then the environment. Never required."""
+    try:
+        from google.colab import userdata
+
+        return userdata.get(name)
+    except Exception:  # not in Colab, not granted, or not there: Colab raises a different class for each
+        return os.environ.get(name)
+
+
+# %% [markdown]
+# ## Config
+#
+# One frozen dataclass holds every choice. It is a *static* JAX type: part of the program, hashed by `jax.jit` like a
+# shape. That raises a question for the learning rate: a sweep over it must not compile a new program each time. So the
+# fields come in two kinds. **Compiled** fields change shapes or code. **Free** fields (`compare=False`: they are not
+# part of the hash) reach the device as traced scalars inside the train state, or stay on the host.
+#
+# The size of the model has one knob, `n_head`. Width is `n_head * head_dim`, and depth follows width at a constant
+# aspect ratio, so that `n_head=4, 8, 12` is a family of similar models (the idea of nanochat's single depth knob).
+
+
+# %% Config helpers tags=["shared"]
+def free(default):
+    """A Config field that is not part of the compiled program: changing it compiles nothing."""
+    return dataclasses.field(default=default, compare=False)
+
+
+def require(ok, name, value, rule):
+    """Raises an InputError that names the Config field, its value and the rule that it breaks, unless `ok`."""
+    if not ok:
+        raise InputError(f"{name}={value!r}: {rule}")
+
+
+def check_types(config):
+    """Every field has its declared type (an int serves as a float), and no float is infinite or NaN."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kinds = (int, float) if field.type is float else field.type
+        require(
+            isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
+            f"must be of type {field.type.__name__}, not {type(value).__name__}",
+        )  # fmt: skip
+        if field.type is float:
+            require(math.isfinite(value), field.name, value, "must be a finite number")
+            object.__setattr__(config, field.name, float(value))
+
+
+# %% Config
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """All choices of a run. `Config()` is the reference model; wrong values raise InputError (a ValueError)."""
+
+    # Compiled: the architecture
+    n_head: int = 8  # N, the scaling knob: D = N·H, L = D / aspect_ratio
+    n_kv_head: int = -1  # K: each key/value head serves N/K query heads; -1 = n_head
+    head_dim: int = 128  # H
+    aspect_ratio: int = 64  # D / L
+    vocab_size: int = 32768  # V
+    seq_len: int = 2048  # T
+    window_pattern: str = "SSSL"  # layer i takes letter i mod len: S sees T/2 tokens back, L all; the last layer is L
+    softcap: float = 15.0  # logits are softcap·tanh(logits/softcap)
+
+    # Compiled: how the step runs
+    attn_impl: str = "auto"  # einsum | jax | splash | pallas; auto = splash on TPU, jax on GPU, einsum on CPU
+    splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
+    compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
+    device_batch_size: int = 4  # sequences per forward and backward pass
+    total_batch_size: int = -1  # tokens per optimizer step; -1 = device_batch_size·T, larger accumulates gradients
+
+    # Free: optimization, traced scalars on the device
+    learning_rate: float = free(3e-4)
+    weight_decay: float = free(0.1)
+    beta1: float = free(0.9)
+    beta2: float = free(0.95)
+    eps: float = free(1e-8)
+    warmup_ratio: float = free(0.02)  # of the steps: linear from 0 to the full learning rate
+    warmdown_ratio: float = free(0.5)  # of the steps: linear down to final_lr_frac of it
+    final_lr_frac: float = free(0.0)
+    num_iterations: int = free(-1)  # optimizer steps; -1 = target_param_data_ratio tokens for each parameter
+    target_param_data_ratio: float = free(10.0)
+
+    # Free: the host
+    dataset: str = free("karpathy/fineweb-edu-100b-shuffle")  # 'embedded', a folder of parquet shards, or a Hub id
+    num_shards: int = free(50)  # training shards to use, from the first; -1 = all
+    hf_repo_id: str = free("")  # your own Hub repo, where a tokenizer may wait
+    run_dir: str = free("runs/train")
+    resume: str = free("auto")  # auto = go on with an unfinished run in run_dir; never = always a new folder
+    seed: int = free(0)
+    log_interval: int = free(10)  # steps; for this and the next three, 0 = never
+    eval_interval: int = free(500)
+    sample_interval: int = free(2000)
+    save_interval: int = free(5000)
+    profile_steps: int = free(3)  # steps in the middle of the run that are traced for XProf
+    eval_tokens: int = free(524_288)  # validation tokens of a periodic evaluation
+    final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
+
+    def __post_init__(self):
+        check_types(self)
+        positive = (
+            "n_head", "head_dim", "aspect_ratio", "seq_len", "softcap", "splash_block_size", "device_batch_size",
+            "learning_rate", "eps", "target_param_data_ratio", "eval_tokens",
+        )  # fmt: skip
+        for name in positive:
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("log_interval", "eval_interval", "sample_interval", "save_interval", "profile_steps", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
+            value = getattr(self, name)
+            require(value == -1 or value > 0, name, value, "must be positive, or -1 for the default rule")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
+        for name in ("weight_decay", "warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.final_lr_frac <= 1, "final_lr_frac", self.final_lr_frac, "must be at most 1")
+        ratios = self.warmup_ratio + self.warmdown_ratio
+        require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
+
+        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs")
+        require(self.depth > 0, "aspect_ratio", self.aspect_ratio, f"is above n_embd={self.n_embd}: no layer is left")
+        require(
+            self.vocab_size > 256, "vocab_size", self.vocab_size, "must be above 256: a token for each byte, and BOS"
+        )
+        require(
+            self.window_pattern and set(self.window_pattern) <= {"S", "L"}, "window_pattern", self.window_pattern,
+            "must be made of the letters S (short window) and L (the whole context)",
+        )  # fmt: skip
+
+        impls, dtypes = ("auto", "einsum", "jax", "splash", "pallas"), ("bfloat16", "float32")
+        require(self.attn_impl in impls, "attn_impl", self.attn_impl, f"must be one of {', '.join(impls)}")
+        require(
+            self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"must be one of {', '.join(dtypes)}"
+        )
+        require(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
+        if self.attn_impl in ("splash", "pallas"):
+            check_block_size(self.splash_block_size, self.seq_len)
+        if self.attn_impl == "pallas":
+            require(
+                all(window >= self.seq_len for window in self.windows), "attn_impl", "pallas",
+                f"is causal only and cannot honour window_pattern={self.window_pattern!r}: "
+                "set window_pattern='L', or attn_impl='splash'",
+            )  # fmt: skip
+        microbatch = self.device_batch_size * self.seq_len
+        require(
+            self.total_batch_size == -1 or self.total_batch_size % microbatch == 0, "total_batch_size",
+            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len = {microbatch}",
+        )  # fmt: skip
+
+    @property
+    def n_embd(self):  # D
+        return self.n_head * self.head_dim
+
+    @property
+    def depth(self):  # L
+        return self.n_embd // self.aspect_ratio
+
+    @property
+    def mlp_dim(self):  # F
+        return 4 * self.n_embd
+
+    @property
+    def kv_heads(self):  # K
+        return self.n_head if self.n_kv_head == -1 else self.n_kv_head
+
+    @property
+    def windows(self):
+        """How many tokens back each layer sees: T // 2 for S, T for L. The last layer always sees everything."""
+        letters = itertools.islice(itertools.cycle(self.window_pattern), self.depth - 1)
+        return [self.seq_len // 2 if letter == "S" else self.seq_len for letter in letters] + [self.seq_len]
+
+    @property
+    def tokens_per_step(self):
+        return self.device_batch_size * self.seq_len if self.total_batch_size == -1 else self.total_batch_size
+
+    @property
+    def grad_accum_steps(self):
+        return self.tokens_per_step // (self.device_batch_size * self.seq_len)
+
+    @property
+    def total_steps(self):
+        """Optimizer steps of the run."""
+        if self.num_iterations != -1:
+            return self.num_iterations
+        tokens = self.target_param_data_ratio * count_params(self)["total"]
+        return max(1, round(tokens / self.tokens_per_step))
+
+    def replace(self, **changes):
+        """A copy with some fields changed, validated again."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def demo(cls):
+        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
+        return cls(
+            n_head=4, head_dim=64, aspect_ratio=64, vocab_size=4096, seq_len=256, compute_dtype="float32",
+            device_batch_size=16, learning_rate=2e-3, num_iterations=600, dataset="embedded", num_shards=-1,
+            run_dir="runs/demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
+            eval_tokens=32_768, final_eval_tokens=-1,
+        )  # fmt: skip
+
+    @classmethod
+    def for_device(cls):
+        """The reference model on a TPU or a GPU, the demo on a CPU."""
+        if jax.default_backend() == "cpu":
+            return cls.demo()
+        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        if jax.default_backend() == "gpu" and memory < 40e9:
+            return cls(device_batch_size=1, total_batch_size=4 * 2048)  # the same step in four microbatches
+        return cls()
+
+
+# %% Config from the command line tags=["shared"]
+def suggest(name, known):
+    """', did you mean X?', or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def parse_args(argv, config):
+    """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
+    parser = argparse.ArgumentParser(
+        description="Every option is a Config field; without options the Config fits the device.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    fields = dataclasses.fields(config)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=field.type.__name__)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].lstrip("-").split("=")[0]
+        raise InputError(
+            f"unknown option {rest[0]!r}{suggest(name, [f.name for f in fields])} (--help lists the fields)"
+        )
+    changes = {}
+    for field in fields:
+        value = getattr(given, field.name)
+        if isinstance(value, str) and field.type is not str:
+            try:
+                value = field.type(value)
+            except ValueError:
+                raise InputError(f"{field.name}={value!r}: must be of type {field.type.__name__}") from None
+        changes[field.name] = value
+    return config.replace(**changes)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """As a script, an InputError is one line on stderr and exit status 2; in a notebook it is raised as it is."""
+    try:
+        yield
+    except InputError as error:
+        if IN_NOTEBOOK:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# %% [markdown]
+# ## Tokenizer
+#
+# Byte-level BPE: text is split by a pattern into words, numbers and punctuation, and inside each piece the most
+# frequent pair of neighbours is merged, again and again. Whatever the bytes, the round trip is exact. Training is
+# `rustbpe`'s, encoding is `tiktoken`'s; the files are tiktoken's own text format (base64 token, rank) and a small
+# JSON with the pattern and the special tokens. Nothing is pickled.
+#
+# A tokenizer is looked for in this order: beside the shards, in your Hub repo, and else it is trained here on the first
+# shard.
+
+# %% Tokenizer format tags=["shared"]
+# GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+)  # fmt: skip
+
+
+def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    """A tiktoken.Encoding from `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
+    special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+    return tiktoken.Encoding("tpuchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes tokenizer.tiktoken and tokenizer.json to `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
+    meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def load_tokenizer(folder):
+    """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "tokenizer.json").read_text())
+        pairs = [line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
+        if "<|bos|>" not in meta["special_tokens"]:
+            raise ValueError("there is no <|bos|> among the special tokens")
+        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
+
+
+def token_bytes(tokenizer):
+    """UTF-8 bytes that each token id stands for, int32 `[n_vocab]`; special tokens stand for none."""
+    lengths = np.zeros(tokenizer.n_vocab, np.int32)
+    for token, rank in tokenizer._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# %% Train a tokenizer tags=["shared"]
+def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000):
+    """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
+
+    Of each document only the first `doc_chars` characters are read, so that one long document does not weigh more
+    than a hundred short ones. The texts stream through; they are never all in memory.
+    """
+    import rustbpe
+
+    merges = vocab_size - len(SPECIAL_TOKENS)
+    require(
+        merges >= 256, "vocab_size", vocab_size, f"must be at least {256 + len(SPECIAL_TOKENS)}: bytes and specials"
+    )
+
+    def stream():
+        left = max_chars
+        for text in texts:
+            text = text[: min(doc_chars, left)]
+            left -= len(text)
+            yield text
+            if left == 0:
+                return
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(stream(), merges, pattern=SPLIT_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < merges:
+        raise InputError(
+            f"vocab_size={vocab_size}: this text yields only {len(ranks)} tokens; give more text or ask for fewer"
+        )
+    return make_tokenizer(ranks)
+
+
+# %% Find the tokenizer tags=["shared"]
+def find_tokenizer(config, first_shard):
+    """The tokenizer of config.dataset: beside the shards, else from config.hf_repo_id, else trained on `first_shard`.
+
+    InputError if it has more tokens than the model has rows for.
+    """
+    beside = first_shard.parent / "tokenizer"
+    cached = cache_dir() / "tokenizers" / f"{config.dataset.strip('/').replace('/', '--')}-{config.vocab_size}"
+    if beside.exists():
+        tokenizer = load_tokenizer(beside)
+    elif cached.exists():
+        tokenizer = load_tokenizer(cached)
+    elif config.hf_repo_id:
+        for name in ("tokenizer.tiktoken", "tokenizer.json"):
+            folder = hub_download(config.hf_repo_id, f"tokenizer/{name}", repo_type="model").parent
+        tokenizer = load_tokenizer(folder)
+    else:
+        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}")
+        texts = (text for _, text in read_documents(first_shard))
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        save_tokenizer(tokenizer, cached)
+    if tokenizer.n_vocab > config.vocab_size:
+        raise InputError(
+            f"vocab_size={config.vocab_size}: the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; "
+            f"set vocab_size to at least that"
+        )
+    return tokenizer
+
+
+# %% [markdown]
+# ## Data: shards
+#
+# A dataset is a list of parquet shards with one `text` column. FineWeb-Edu comes from the Hugging Face Hub, already
+# shuffled, about 250M characters a shard; the embedded corpus, 12 MB of public-domain English, lies in the repository.
+# **The last shard is validation**, whatever `num_shards` is: a number that moves when you train on more data is not a
+# validation loss.
+
+# %% Shards tags=["shared"]
+HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
+EMBEDDED_SHARDS = 5
+
+
+def cache_dir():
+    """Where downloads and trained tokenizers stay between runs."""
+    return Path.home() / ".cache" / "tpuchat"
+
+
+def hub_download(repo_id, filename, repo_type="dataset"):
+    """The local path of a file of a Hub repo, downloaded once into huggingface_hub's cache. InputError if it fails."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=get_secret("HF_TOKEN")))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot get {filename} of {repo_id} from the Hugging Face Hub: {reason}; check the name and the network, "
+            "or train on dataset='embedded'"
+        ) from error
+
+
+def embedded_folder():
+    """data/embedded of the repository: beside this file, else fetched from GitHub (a lone notebook in Colab)."""
+    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
+    if here.exists():
+        return here
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(EMBEDDED_SHARDS)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial, _ = urllib.request.urlretrieve(url, folder / f"{name}.part")
+            except OSError as error:
+                raise InputError(
+                    f"cannot get the embedded corpus from {url}: {error}; clone the repository instead"
+                ) from error
+            os.replace(partial, folder / name)
+    return folder
+
+
+def list_shards(config):
+    """(fetchers of the training shards, fetcher of the validation shard); a fetcher returns the shard's local path."""
+    folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
+    if config.dataset in HUB_SHARDS:
+        names = [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[config.dataset])]
+        fetchers = [functools.partial(hub_download, config.dataset, name) for name in names]
+    elif folder.is_dir():
+        paths = sorted(folder.glob("*.parquet"))
+        fetchers = [functools.partial(Path, path) for path in paths]
+    else:
+        raise InputError(
+            f"dataset={config.dataset!r}: must be 'embedded', a folder of parquet shards, "
+            f"or one of {', '.join(HUB_SHARDS)}"
+        )
+    if len(fetchers) < 2:
+        raise InputError(
+            f"dataset={config.dataset!r}: has {len(fetchers)} parquet shards; it takes at least two, "
+            "the last one for validation"
+        )
+    *train, validation = fetchers
+    require(
+        config.num_shards <= len(train),
+        "num_shards",
+        config.num_shards,
+        f"{config.dataset} has {len(train)} training shards",
+    )
+    return train[: None if config.num_shards == -1 else config.num_shards], validation
+
+
+# %% [markdown]
+# A row of a shard is a document. A shard that is not what it should be is refused by name before one of its tokens is
+# used, not skipped: a training run that silently saw half of its data is worse than one that stopped.
+
+
+# %% Read documents tags=["shared"]
+def check_shard(path):
+    """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
+
+    Only the parquet footer is read: its statistics tell whether a text is null (null_count) or empty (the minimum).
+    """
+    try:
+        shard = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such shard") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
+        ) from error
+    columns = shard.schema_arrow.names
+    if "text" not in columns:
+        raise InputError(f"{path}: has no `text` column, only {', '.join(columns)}")
+    kind = shard.schema_arrow.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"{path}: its `text` column holds {kind}, not strings")
+    if shard.metadata.num_rows == 0:
+        raise InputError(f"{path}: holds no documents")
+    chunks = [shard.metadata.row_group(g).column(columns.index("text")) for g in range(shard.num_row_groups)]
+    statistics = [chunk.statistics for chunk in chunks if chunk.statistics]
+    if any(s.null_count or (s.has_min_max and s.min == "") for s in statistics):
+        for _ in read_documents(path):  # raises at the row in question
+            pass
+    return path
+
+
+def read_documents(path, start=0):
+    """Yields (row, text) from row `start` on, with one row group in memory at a time."""
+    shard, row = pq.ParquetFile(path), 0
+    for group in range(shard.num_row_groups):
+        rows = shard.metadata.row_group(group).num_rows
+        if row + rows > start:
+            texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            for i in range(max(0, start - row), rows):
+                if not texts[i]:
+                    raise InputError(
+                        f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
+                    )
+                yield row + i, texts[i]
+        row += rows
+
+
+# %% [markdown]
+# ## Data: the loader
+#
+# Documents become one endless stream of tokens, each document opened by BOS, and the stream is cut into rows of T + 1:
+# a row's last token is the next row's first, so every token is predicted once and none is dropped or padded. Threads
+# encode ahead (tiktoken releases the GIL), one more thread packs batches and puts them on the device, and the training
+# loop takes what is ready. The position of the *next* token travels with each batch, so a checkpoint that is taken
+# after step n resumes with the first token that step n + 1 would have seen, whatever the threads had read ahead.
+
+# %% Encode tags=["shared"]
+PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
+
+
+def encode_document(tokenizer, text):
+    """BOS and the tokens of `text`, uint32. Text that looks like a special token is encoded as ordinary text."""
+    pieces = [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
+    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
+
+
+# %% Loader tags=["shared"]
+class Position(NamedTuple):
+    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
+
+    epoch: int = 0
+    shard: int = 0
+    row: int = 0
+    offset: int = 0
+
+
+class PrefetchDataLoader:
+    """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the device, from background threads.
+
+    `shards` are the fetchers that list_shards returns. The next shard is fetched while one is read. An exception in a
+    thread is raised by the next `next(loader)`. Use it in a `with` block, or call close().
+    """
+
+    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4):
+        self.batch_shape = (config.tokens_per_step // config.seq_len, config.seq_len)
+        self.tokenizer, self.shards = tokenizer, shards
+        self.threads, self.depth = threads or os.cpu_count(), depth
+        self.wait_seconds = 0.0  # how long the training loop has waited for data
+        self._start(Position())
+
+    def _start(self, position):
+        self.position = position
+        self.queue, self.stop = queue.Queue(self.depth), threading.Event()
+        self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
+        self.thread.start()
+
+    def _documents(self, place, pool):
+        """Yields (place of the document, text), forever."""
+
+        def fetch(shard):
+            return pool.submit(lambda: check_shard(self.shards[shard]()))
+
+        here = fetch(place.shard)
+        while True:
+            path = here.result()
+            following = (place.shard + 1) % len(self.shards)
+            here = fetch(following)
+            for row, text in read_documents(path, place.row):
+                yield place._replace(row=row, offset=0), text
+            place = Position(place.epoch + (following == 0), following)
+
+    def _encoded(self, start, pool):
+        """Yields (place of the first token, tokens of a document), encoded some documents ahead, in order."""
+        ahead = collections.deque()
+        for place, text in self._documents(start, pool):
+            ahead.append((place, pool.submit(encode_document, self.tokenizer, text)))
+            if len(ahead) > 8 * self.threads:
+                place, tokens = ahead.popleft()
+                skip = start.offset if place == start._replace(offset=0) else 0  # the document that a resumed run is in
+                yield place._replace(offset=skip), tokens.result()[skip:]
+
+    def _batches(self, start, pool):
+        """Yields (tokens, targets, place of the token after them)."""
+        n = math.prod(self.batch_shape)
+        held, parts = 0, collections.deque()
+        for part in self._encoded(start, pool):
+            parts.append(part)
+            held += len(part[1])
+            while held > n:  # enough for n inputs and the target of the last
+                stream, left = [], n
+                while len(parts[0][1]) <= left:
+                    stream.append(parts.popleft()[1])
+                    left -= len(stream[-1])
+                place, tokens = parts[0]
+                stream = np.concatenate([*stream, tokens[: left + 1]]).astype(np.int32)
+                parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
+                held -= n
+                yield stream[:-1].reshape(self.batch_shape), stream[1:].reshape(self.batch_shape), parts[0][0]
+
+    def _produce(self, start, batches, stop):
+        def put(item):
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    return batches.put(item, timeout=0.1)
+
+        pool = concurrent.futures.ThreadPoolExecutor(self.threads + 1)  # one of them fetches shards
+        try:
+            for tokens, targets, after in self._batches(start, pool):
+                put((jax.device_put((tokens, targets)), after))
+                if stop.is_set():
+                    break
+        except BaseException as error:
+            put((error, None))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        started = time.perf_counter()
+        batch, position = self.queue.get()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(batch, BaseException):
+            self.queue.put((batch, None))  # whoever asks again hears the same
+            raise batch
+        self.position = position
+        return batch
+
+    def state_dict(self):
+        """The place of the first token of the next batch, for JSON."""
+        return self.position._asdict()
+
+    def load_state_dict(self, state):
+        """Goes on from where state_dict was taken. InputError if that is not a place in these shards."""
+        position = Position(**state)
+        if min(position) < 0 or position.shard >= len(self.shards):
+            raise InputError(f"loader position {state}: there are {len(self.shards)} training shards")
+        self.close()
+        self._start(position)
+
+    def close(self):
+        """Stops the threads. Batches that were ready are dropped; the position stays."""
+        self.stop.set()
+        self.thread.join(timeout=10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+# %% [markdown]
+# ## Model
+#
+# A decoder-only transformer in the shape that small-model research has settled on:
+#
+# - **RMSNorm without weights** before attention and MLP, and once more on queries and keys (*QK-norm*), which bounds
+#   the attention logits and lets the learning rate rise.
+# - **RoPE**: positions rotate queries and keys; nothing is added to the residual stream.
+# - **Grouped-query attention**: N query heads share K key/value heads; the KV cache shrinks by N/K.
+# - **Sliding windows**: in the pattern SSSL three layers of four see only half the context; the last sees all of it.
+# - **ReLU²** MLP: as good as GELU at this size, and sparse.
+# - **x0 residuals**: each layer mixes the embedding back in, `x ← a·x + b·x0`, with its own learned a and b.
+# - **Untied** embedding and head, and a **softcap** of 15 on the logits, `15·tanh(z/15)`, which bounds the loss.
+#
+# Sources: RMSNorm (Zhang & Sennrich 2019), RoPE (Su et al. 2021), GQA (Ainslie et al. 2023), ReLU² (So et al. 2021,
+# Primer), softcap (Gemma 2), x0 residuals and the initial values (modded-nanogpt and nanochat).
+#
+# Weights keep explicit head dims, `q: [D, N, H]`, so that a matmul's einsum says what it does and nothing is reshaped.
+# Every initial value stands in one place:
+
+
+# %% Initial values
+def init_params(config, key):
+    """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
+
+    | weight                   | shape               | initial value                                                 |
+    |--------------------------|---------------------|---------------------------------------------------------------|
+    | embed                    | [V, D]              | normal, std 1: the norm after it makes only directions matter |
+    | q, k, v, up              | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out     |
+    | o, down                  | [N, H, D], [F, D]   | zero: at step 0 every layer is the identity                   |
+    | lm_head                  | [D, V]              | normal, std 0.001: logits ≈ 0, loss ≈ ln V                    |
+    | resid_scale, x0_scale    | []                  | 1 and 0.1                                                     |
+    """
+    V, D, N, K, H, F = config.vocab_size, config.n_embd, config.n_head, config.kv_heads, config.head_dim, config.mlp_dim
+    keys = iter(jax.random.split(key, 2 + 4 * config.depth))
+
+    def uniform(*shape):
+        bound = (3 / D) ** 0.5  # of a uniform distribution with std 1/√D
+        return jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound)
+
+    def normal(std, *shape):
+        return std * jax.random.normal(next(keys), shape, jnp.float32)
+
+    def layer():
+        return {
+            "q": uniform(D, N, H), "k": uniform(D, K, H), "v": uniform(D, K, H), "o": jnp.zeros((N, H, D)),
+            "up": uniform(D, F), "down": jnp.zeros((F, D)),
+            "resid_scale": jnp.ones(()), "x0_scale": jnp.full((), 0.1),
+        }  # fmt: skip
+
+    return {
+        "embed": normal(1.0, V, D),
+        "lm_head": normal(0.001, D, V),
+        "layers": [layer() for _ in range(config.depth)],
+    }
+
+
+# %% Norm and RoPE tags=["shared"]
+def rms_norm(x):
+    """x / rms(x) over the last axis, reduced in float32. No learned weight."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def rope_tables(seq_len, head_dim):
+    """cos and sin, float32 [T, H/2]: pair i of position t turns by t / 10000^(2i/H). Constants of the trace."""
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(seq_len)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def norm_and_rope(x, cos, sin):
+    """QK-norm, then RoPE on the pairs (x[i], x[i + H/2]): one float32 pass, one rounding. x: [B, N, T, H]."""
+    first, second = jnp.split(rms_norm(x.astype(jnp.float32)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+# %% [markdown]
+# ### Attention, four times
+#
+# One function, four ways to compute it. `einsum` is the definition: readable, and right by inspection. `jax` is
+# `jax.nn.dot_product_attention`. `splash` and `pallas` are the TPU kernels that ship with jax, which never write the
+# T×T scores to memory; splash skips blocks outside the window, the older flash kernel is causal only. Off a TPU the
+# two kernels run in interpret mode: slow, for tests.
+#
+# A query at t sees the keys from t − window to t. Which implementation `auto` takes is decided when the program is
+# *lowered*, by the chip that it is lowered for, so that a laptop can compile the TPU's program.
+
+
+# %% Attention tags=["shared"]
+def check_block_size(block_size, seq_len):
+    """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def attention(q, k, v, *, window, impl="auto", block_size=1024):
+    """Causal softmax attention with scale 1/√H and grouped key/value heads.
+
+    q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
+    A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels.
+    """
+    N, T, H = q.shape[1:]
+    K = k.shape[1]
+    require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
+    if impl == "auto":
+        tiles = T % 128 == 0 and T % min(block_size, T) == 0
+        call = functools.partial(attention, window=window, block_size=block_size)
+        return jax.lax.platform_dependent(
+            q, k, v, tpu=functools.partial(call, impl="splash" if tiles else "jax"),
+            cuda=functools.partial(call, impl="jax"), default=functools.partial(call, impl="einsum"),
+        )  # fmt: skip
+    if impl == "einsum":
+        q = q.reshape(q.shape[0], K, N // K, T, H)
+        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        t, s = np.arange(T)[:, None], np.arange(T)[None, :]
+        probs = jax.nn.softmax(jnp.where((s <= t) & (t - s <= window), scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
+        return out.reshape(-1, N, T, H)
+    if impl == "jax":
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
+        local = (window, 0) if window < T else None
+        return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local), 1, 2)
+
+    check_block_size(block_size, T)
+    block = min(block_size, T)
+    if impl == "splash":
+        q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # splash leaves the scale to its caller
+        return on_tpu_or_interpreted(functools.partial(splash_attention, window=window, block=block), q, k, v)
+    if impl == "pallas":
+        require(
+            window >= T, "window", window, f"the pallas kernel is causal only: give window >= T = {T}, or use splash"
+        )
+        k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
+        return on_tpu_or_interpreted(functools.partial(flash_attention, block=block), q, k, v)
+    raise InputError(f"impl={impl!r}: must be auto, einsum, jax, splash or pallas")
+
+
+# %% Attention kernels tags=["shared"]
+def on_tpu_or_interpreted(kernel, q, k, v):
+    """kernel(q, k, v, interpret=False) where the program is lowered for a TPU, interpret=True elsewhere."""
+    return jax.lax.platform_dependent(
+        q, k, v, tpu=functools.partial(kernel, interpret=False), default=functools.partial(kernel, interpret=True)
+    )
+
+
+@functools.lru_cache
+def splash_kernel(N, T, window, block, interpret):
+    """The splash attention kernel for [N, T, H] queries; layers with the same window share it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), window_size=(window, 0), offset=0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    with jax.ensure_compile_time_eval():  # its mask tables must be arrays, not tracers of the first layer that asks
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+
+
+def splash_attention(q, k, v, *, window, block, interpret):
+    return jax.vmap(splash_kernel(*q.shape[1:3], window, block, interpret))(q, k, v)
+
+
+def flash_attention(q, k, v, *, block, interpret):
+    from jax.experimental.pallas import tpu as pltpu
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    sizes = flash.BlockSizes(
+        block_b=1, block_q=block, block_k_major=block, block_k=block, block_q_major_dkv=block, block_q_dkv=block,
+        block_k_major_dkv=block, block_k_dkv=block, block_q_dq=block, block_k_major_dq=block, block_k_dq=block,
+    )  # fmt: skip
+    kernel = functools.partial(flash.flash_attention, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes)
+    if not interpret:
+        return kernel(q, k, v)
+
+    # The kernel has no interpret argument, and its backward pass is traced later than this line: wrap both.
+    @jax.custom_vjp
+    def interpreted(q, k, v):
+        return forward(q, k, v)[0]
+
+    def forward(q, k, v):
+        with pltpu.force_tpu_interpret_mode():
+            return jax.vjp(kernel, q, k, v)
+
+    def backward(vjp, gradient):
+        with pltpu.force_tpu_interpret_mode():
+            return vjp(gradient)
+
+    interpreted.defvjp(forward, backward)
+    return interpreted(q, k, v)
+
+
+# %% [markdown]
+# ### The forward pass
+#
+# The layers are unrolled, not scanned: each then has its own name in the profile, and XLA schedules across them. The
+# named scopes (`embed`, `layer_03/attn`, `layer_03/mlp`, `lm_head`, …) are what you will see in XProf.
+
+
+# %% Layers
+def embed(config, params, tokens):
+    """[B, T] tokens → [B, T, D]. The rows are cast after the gather: their gradient is then summed in float32."""
+    return rms_norm(params["embed"][tokens]).astype(config.compute_dtype)
+
+
+def mix_residual(layer, x, x0):
+    """a·x + b·x0 in float32: in bfloat16 a learned 1.001 would be 1."""
+    mixed = layer["resid_scale"] * x.astype(jnp.float32) + layer["x0_scale"] * x0.astype(jnp.float32)
+    return mixed.astype(x.dtype)
+
+
+def project_qkv(layer, x, cos, sin):
+    """[B, T, D] → q [B, N, T, H], k and v [B, K, T, H], normed and rotated."""
+    x = rms_norm(x)
+    q, k, v = (jnp.einsum("btd,dnh->bnth", x, layer[name]) for name in "qkv")
+    return norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin), v
+
+
+def mlp(layer, x):
+    """[B, T, D] → [B, T, D] through F = 4D units of ReLU²."""
+    hidden = jnp.einsum("btd,df->btf", rms_norm(x), layer["up"])
+    return jnp.einsum("btf,fd->btd", jnp.square(jax.nn.relu(hidden)), layer["down"])
+
+
+def lm_head(config, params, x):
+    """[B, T, D] → logits [B, T, V], float32, softcapped."""
+    logits = jnp.einsum("btd,dv->btv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(logits / config.softcap)
+
+
+# %% Forward pass tags=["shared"]
+def cast_weights(config, params):
+    """Matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
+
+    def cast(path, weight):
+        keep = weight.ndim == 0 or path[0].key == "embed"
+        return weight if keep else weight.astype(config.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def forward(config, params, tokens):
+    """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
+    weights = cast_weights(config, params)
+    cos, sin = rope_tables(tokens.shape[1], config.head_dim)
+    with jax.named_scope("embed"):
+        x = x0 = embed(config, weights, tokens)
+    for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
+        with jax.named_scope(f"layer_{i:02d}"):
+            with jax.named_scope("attn"):
+                x = mix_residual(layer, x, x0)
+                q, k, v = project_qkv(layer, x, cos, sin)
+                y = attention(q, k, v, window=window, impl=config.attn_impl, block_size=config.splash_block_size)
+                x = x + jnp.einsum("bnth,nhd->btd", y, layer["o"])
+            with jax.named_scope("mlp"):
+                x = x + mlp(layer, x)
+    with jax.named_scope("lm_head"):
+        return lm_head(config, weights, x)
+
+
+# %% [markdown]
+# ### How big, and how much work
+#
+# Two numbers that everything else is divided by. A matmul weight costs 2 FLOPs a token forward and 4 backward.
+# Attention adds two T×T matmuls a layer, of which a causal window needs only the part below the diagonal: that part
+# is what is counted here, whatever the implementation really computes.
+
+
+# %% Counts tags=["shared"]
+def count_params(config):
+    """Exact parameter counts by part. 'attn' includes the two residual scalars of each layer."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    sizes = collections.Counter()
+    for path, weight in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        part = name if name in ("embed", "lm_head") else "mlp" if name in ("gate", "up", "down") else "attn"
+        sizes[part] += weight.size
+    return {part: sizes[part] for part in ("embed", "attn", "mlp", "lm_head")} | {"total": sizes.total()}
+
+
+def flops_per_token(config):
+    """Training FLOPs per token: 6 for each matmul weight (attn, mlp, lm_head; the embedding is a lookup), plus
+    12·N·H for each key that a query sees, averaged over the sequence: a full causal layer counts (T+1)/2 keys, half of
+    the T×T convention, and a window of w tokens at most w + 1. Norms, softmax and the optimizer are not counted."""
+    counts = count_params(config)
+    matmuls = counts["attn"] + counts["mlp"] + counts["lm_head"]
+    t = np.arange(config.seq_len)
+    keys = sum(float(np.mean(np.minimum(t, window) + 1)) for window in config.windows)
+    return 6 * matmuls + 12 * config.n_head * config.head_dim * keys
+
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
+PEAK_FLOPS = {
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5": 459e12,  # plain v5 is v5p
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind):
+    """Peak FLOP/s of a chip, or None if it is not in the table: MFU is then n/a, not a guess."""
+    words = device_kind.replace("-", " ").split()
+    for name, peak in PEAK_FLOPS.items():
+        if name in device_kind if " " in name else any(word.startswith(name) for word in words):
+            return peak
+    return None
+
+
+# %% [markdown]
+# ## Loss
+#
+# Cross-entropy in float32: logsumexp of the logits minus the target's logit. With a head that starts near zero it
+# begins at ln V, the loss of a uniform guess: if step 0 says anything else, something is wrong.
+
+
+# %% Loss tags=["shared"]
+def token_losses(config, params, tokens, targets):
+    """Cross-entropy of each target, nats, float32 [B, T]."""
+    logits = forward(config, params, tokens)
+    with jax.named_scope("loss"):
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target_logits
+
+
+def loss_fn(config, params, tokens, targets):
+    """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
+    return jnp.mean(token_losses(config, params, tokens, targets))
+
+
+# %% [markdown]
+# ## Optimizer
+#
+# AdamW (Loshchilov & Hutter 2017) with the learning rate rising linearly, staying, and falling linearly: the trapezoid
+# needs no guess of a cosine's length, and most of the gain of a run comes in its warmdown. Weight decay applies to the
+# matmul weights, not to the embedding (a rare token's row would shrink between its visits) nor to the scalars.
+#
+# Every number of the schedule is a traced scalar in the train state. A Python float, or a strongly typed float32
+# *array* times a bfloat16 weight, is where silent promotion to float32 begins; here masters and moments are float32
+# to begin with, and a test holds the dtypes of the state to what they were.
+
+
+# %% Optimizer tags=["shared"]
+class TrainState(NamedTuple):
+    """All that a step changes. It is donated: the new state takes the old one's memory."""
+
+    step: jax.Array  # int32, optimizer steps done
+    params: dict  # float32 masters
+    mu: dict  # first moment, float32
+    nu: dict  # second moment, float32
+    hyper: dict  # the schedule's scalars: config values that the step reads, without being compiled for them
+
+
+def hyperparams(config):
+    """The free optimization fields of config, as float32 scalars."""
+    total = config.total_steps
+    values = {
+        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay, "beta1": config.beta1,
+        "beta2": config.beta2, "eps": config.eps, "final_lr_frac": config.final_lr_frac, "total_steps": total,
+        "warmup_steps": round(config.warmup_ratio * total), "warmdown_steps": round(config.warmdown_ratio * total),
+    }  # fmt: skip
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+
+
+def scheduled_lr(hyper, step):
+    """Learning rate of step 0, 1, …: linear warmup, constant, linear warmdown to final_lr_frac of it."""
+    up = (step + 1) / jnp.maximum(hyper["warmup_steps"], 1)
+    down = (hyper["total_steps"] - step) / jnp.maximum(hyper["warmdown_steps"], 1)
+    frac = hyper["final_lr_frac"]
+    return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
+
+
+def adamw(hyper, state, grads, learning_rate):
+    """(params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
+    b1, b2, t = hyper["beta1"], hyper["beta2"], state.step + 1
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, grads)
+
+    def update(path, p, m, n):
+        direction = (m / (1 - b1**t)) / (jnp.sqrt(n / (1 - b2**t)) + hyper["eps"])
+        if p.ndim > 1 and path[0].key != "embed":
+            direction += hyper["weight_decay"] * p
+        return p - learning_rate * direction
+
+    return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
+
+
+def init_train_state(config):
+    """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
+    params = jax.jit(init_params)(config, jax.random.key(config.seed))
+    zeros = functools.partial(jax.tree.map, jnp.zeros_like, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, zeros(), zeros(), hyperparams(config))
+
+
+# %% [markdown]
+# ## Train step
+#
+# The weights are cast to bfloat16 once, before the microbatches. Each microbatch's gradient is added in float32. The
+# state is donated, so parameters and moments are updated in place. The function below *is* the compiled one:
+# `train_step.lower(...)` gives its program, for a chip that need not be here.
+
+
+# %% Train step tags=["shared"]
+def loss_and_grads(config, weights, tokens, targets):
+    """Mean loss and gradients of [total_batch, T] tokens, device_batch_size sequences at a time."""
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
+    n = config.grad_accum_steps
+    if n == 1:
+        return value_and_grad(weights, tokens, targets)
+
+    def add_microbatch(total, batch):
+        new = value_and_grad(weights, *batch)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    batches = tuple(x.reshape(n, config.device_batch_size, config.seq_len) for x in (tokens, targets))
+    total, _ = jax.lax.scan(add_microbatch, (jnp.zeros((), jnp.float32), zeros), batches)
+    return jax.tree.map(lambda x: x / n, total)
+
+
+def global_norm(tree):
+    """Square root of the sum of all squares, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def train_step(config, state, tokens, targets):
+    """One optimizer step on int32 [total_batch, T] tokens and targets: (new state, metrics as device scalars)."""
+    weights = cast_weights(config, state.params)
+    loss, grads = loss_and_grads(config, weights, tokens, targets)
+    with jax.named_scope("optimizer"):
+        learning_rate = scheduled_lr(state.hyper, state.step)
+        params, mu, nu = adamw(state.hyper, state, grads, learning_rate)
+        metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": learning_rate}
+    return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
+
+
+# %% [markdown]
+# ## Evaluate
+#
+# Nats per token depend on the tokenizer, so they cannot be compared between tokenizers. **Bits per byte** can: the
+# total cost of the validation text in bits, over its length in bytes. It is also a compression rate: 8 is no
+# compression. BOS stands for no byte, but predicting it costs bits, and they are counted.
+
+
+# %% Evaluate tags=["shared"]
+def validation_batches(config, tokenizer, path, max_tokens=-1):
+    """[(tokens, targets, bytes of each target)] of the validation shard, int32 [device_batch_size, T] each.
+
+    The last batch is padded with targets of −1, which count for nothing.
+    """
+    B, T = config.device_batch_size, config.seq_len
+    stream, held = [], 0
+    for _, text in read_documents(path):
+        stream.append(encode_document(tokenizer, text))
+        held += len(stream[-1])
+        if 0 <= max_tokens < held:
+            break
+    stream = np.concatenate(stream).astype(np.int32)[: None if max_tokens == -1 else max_tokens + 1]
+    count = len(stream) - 1
+    padded = math.ceil(count / (B * T)) * B * T
+    tokens, targets = np.zeros(padded, np.int32), np.full(padded, -1, np.int32)
+    tokens[:count], targets[:count] = stream[:-1], stream[1:]
+    n_bytes = np.where(targets < 0, 0, token_bytes(tokenizer)[targets])
+    return list(zip(*(x.reshape(-1, B, T) for x in (tokens, targets, n_bytes)), strict=True))
+
+
+@jax.jit
+def evaluation_step(config, params, tokens, targets):
+    """Sum of the losses, nats, of the targets that are not −1."""
+    losses = token_losses(config, params, tokens, jnp.maximum(targets, 0))
+    return jnp.sum(jnp.where(targets < 0, 0, losses))
+
+
+def evaluate(config, params, batches):
+    """{'loss': nats per token, 'bpb': bits per byte} on the batches of validation_batches."""
+    weights = cast_weights(config, params)
+    sums = [evaluation_step(config, weights, tokens, targets) for tokens, targets, _ in batches]
+    nats = float(np.sum(jax.device_get(sums), dtype=np.float64))
+    count = sum(int((targets >= 0).sum()) for _, targets, _ in batches)
+    n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
+    return {"loss": nats / count, "bpb": nats / math.log(2) / n_bytes}
+
+
+# %% [markdown]
+# ## Sample
+#
+# One compiled loop serves every prompt: at each position the model reads one token, appends its keys and values to a
+# cache, and predicts the next; as long as the prompt lasts, the prediction is replaced by the prompt's own token. So a
+# prompt of any length costs no compilation.
+
+
+# %% Decode
+def decode_token(config, weights, cache, tokens, position):
+    """Logits [B, V] after `tokens` [B] at `position`, and the cache, a pair of [B, K, T, H] a layer, with them in it."""
+    T = config.seq_len
+    cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
+    x = x0 = embed(config, weights, tokens[:, None])
+    s, new_cache = jnp.arange(T), []
+    for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
+        x = mix_residual(layer, x, x0)
+        q, k, v = project_qkv(layer, x, cos, sin)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
+        new_cache.append((keys, values))
+        q = q.reshape(q.shape[0], config.kv_heads, -1, config.head_dim)  # [B, K, N/K, H]
+        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        seen = (s <= position) & (position - s <= window)
+        probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
+        y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(-1, config.n_head, 1, config.head_dim)
+        x = x + jnp.einsum("bnth,nhd->btd", y, layer["o"])
+        x = x + mlp(layer, x)
+    return lm_head(config, weights, x)[:, 0], new_cache
+
+
+# %% Sample
+def pick_token(key, logits, temperature, top_k):
+    """Samples [B] ids from logits [B, V] among the top_k, or takes the largest where temperature is 0."""
+    kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), logits.shape[-1] - top_k[None, None], axis=-1)
+    scaled = jnp.where(logits < kth, -jnp.inf, logits) / jnp.maximum(temperature, 1e-6)
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), jax.random.categorical(key, scaled))
+
+
+@jax.jit
+def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k):
+    """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` or its first `stop` token."""
+    weights = cast_weights(config, params)
+    shape = (tokens.shape[0], config.kv_heads, config.seq_len, config.head_dim)
+    cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
+
+    def unfinished(carry):
+        position, _, _, done = carry
+        return (position + 1 < jnp.max(end)) & ~jnp.all(done)
+
+    def step(carry):
+        position, tokens, cache, done = carry
+        logits, cache = decode_token(config, weights, cache, tokens[:, position], position)
+        following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k)
+        in_prompt = position + 1 < lengths
+        following = jnp.where(in_prompt, tokens[:, position + 1], jnp.where(done, stop, following))
+        done = done | ((following == stop) | (position + 2 >= end)) & ~in_prompt
+        return position + 1, tokens.at[:, position + 1].set(following), cache, done
+
+    start = (jnp.zeros((), jnp.int32), tokens, cache, jnp.zeros(tokens.shape[0], bool))
+    return jax.lax.while_loop(unfinished, step, start)[1]
+
+
+def generate(config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, seed=0):
+    """The prompt and its continuation, up to BOS or max_new_tokens. A list of prompts is continued as one batch.
+
+    temperature 0 is greedy. Prompt and continuation share one context of T tokens: of a longer prompt only the end
+    is read, so that max_new_tokens (at most T − 2) fit.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    T, bos = config.seq_len, tokenizer.encode_single_token("<|bos|>")
+    require(prompts, "prompt", prompt, "must be a text, or a list of at least one")
+    require(
+        0 < max_new_tokens <= T - 2,
+        "max_new_tokens",
+        max_new_tokens,
+        f"must lie in 1 … {T - 2} (the context, {T}, less 2)",
+    )
+    require(temperature >= 0, "temperature", temperature, "must not be negative")
+    require(top_k > 0, "top_k", top_k, "must be positive")
+    tokens, lengths = np.full((len(prompts), T), bos, np.int32), []
+    for row, text in zip(tokens, prompts, strict=True):
+        ids = [bos, *tokenizer.encode_ordinary(text)[-(T - 1 - max_new_tokens) :]]
+        row[: len(ids)] = ids
+        lengths.append(len(ids))
+    lengths = np.array(lengths, np.int32)
+    out = sample_tokens(
+        config, params, tokens, lengths, lengths + max_new_tokens, bos, jax.random.key(seed),
+        np.float32(temperature), np.int32(min(top_k, config.vocab_size)),
+    )  # fmt: skip
+    texts = []
+    for text, row, length in zip(prompts, np.asarray(out), lengths, strict=True):
+        new = row[length : length + max_new_tokens].tolist()
+        new = [token for token in itertools.takewhile(lambda token: token != bos, new) if token < tokenizer.n_vocab]
+        texts.append(text + tokenizer.decode(new))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+# %% [markdown]
+# ## Checkpoints
+#
+# A checkpoint is a folder: `state.safetensors` (parameters and moments by name) and `meta.json` (Config, step, the
+# loader's position). It is written under a temporary name, flushed to disk and renamed, so a folder named `step_…` is
+# whole. Only arrays and JSON are ever read back.
+
+# %% Checkpoints tags=["shared"]
+KEEP_CHECKPOINTS = 2
+
+
+def named_arrays(state):
+    """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
+    leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def save_checkpoint(run_dir, config, state, **meta):
+    """Writes run_dir/checkpoints/step_N, atomically, and drops all but the newest two. Returns its path.
+
+    `meta`: whatever else a resumed run needs, as JSON: the loader's position, the best loss so far.
+    """
+    from safetensors.numpy import save_file
+
+    step = int(state.step)
+    final = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: np.asarray(x) for name, x in named_arrays(state).items()}, temporary / "state.safetensors")
+        meta = {"step": step, "config": dataclasses.asdict(config), **meta}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
+    for old in list_checkpoints(run_dir)[:-KEEP_CHECKPOINTS]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run_dir):
+    """The whole checkpoints of a run folder, oldest first."""
+    return sorted(Path(run_dir).glob("checkpoints/step_*"))
+
+
+def differences(old, new, ignore=()):
+    """'n_head 4 → 8, …' for the Config fields in which two dicts differ, or an empty string."""
+    names = [name for name in {**old, **new} if name not in ignore and old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)!r} → {new.get(name)!r}" for name in names)
+
+
+def load_checkpoint(path, config):
+    """(TrainState, meta) from a checkpoint of a model of the same shape as config's.
+
+    InputError that names the fields that differ if it is of another model, or what is wrong with the files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    wanted = jax.eval_shape(lambda: init_train_state(config))
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        with safe_open(path / "state.safetensors", "numpy") as file:
+            shapes = {
+                name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
+                for name in file.keys()
+            }
+            dtypes = {"float32": "F32", "int32": "I32"}
+            if shapes != {name: (x.shape, dtypes[x.dtype.name]) for name, x in named_arrays(wanted).items()}:
+                changed = differences(meta["config"], dataclasses.asdict(config), ignore=HOST_FIELDS)
+                raise InputError(f"checkpoint {path} is of another Config: {changed or 'its arrays have other shapes'}")
+            arrays = [jnp.asarray(file.get_tensor(name)) for name in named_arrays(wanted)]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"checkpoint {path} cannot be read: {error}; delete it to use the one before it") from error
+    state = jax.tree.unflatten(jax.tree.structure(wanted._replace(hyper={})), arrays)
+    return state._replace(hyper=hyperparams(config)), meta
+
+
+# %% [markdown]
+# ## The run folder
+#
+# Everything that a run leaves behind is in one folder: `config.json`, `metrics.jsonl` (one object a line),
+# TensorBoard's events, `samples.txt`, `loss.png`, `profile/` and `checkpoints/`. Start the same run again and it goes
+# on from its newest checkpoint; when it is finished, the next start takes a new folder (`runs/demo-2`), so nothing is
+# overwritten.
+
+# %% Run folder tags=["shared"]
+# These do not change what is learned: a run may be resumed with other values of them.
+HOST_FIELDS = (
+    "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
+    "sample_interval", "save_interval", "profile_steps", "eval_tokens", "final_eval_tokens",
+)  # fmt: skip
+
+
+def open_run(config):
+    """(run folder, checkpoint to resume from or None): config.run_dir, or the first of run_dir-2, -3, … that is free.
+
+    A folder with an unfinished run of the same Config is resumed. InputError if its Config is another one, naming the
+    fields, or if the folder cannot be written or holds something else.
+    """
+    for number in itertools.count(1):
+        run = Path(config.run_dir if number == 1 else f"{config.run_dir}-{number}")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if not any(run.iterdir()):
+                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+                return run, None
+            if not (run / "config.json").exists():
+                raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
+            saved = json.loads((run / "config.json").read_text())
+            checkpoints = list_checkpoints(run)
+            finished = checkpoints and json.loads((checkpoints[-1] / "meta.json").read_text()).get("finished")
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name a folder that can be written"
+            ) from error
+        if config.resume == "never" or finished or not checkpoints:
+            continue
+        changed = differences(saved, dataclasses.asdict(config), ignore=HOST_FIELDS)
+        if changed:
+            raise InputError(
+                f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
+                "name another run_dir, or set resume='never' to start in a new folder"
+            )
+        return run, checkpoints[-1]
+
+
+def read_metrics(run):
+    """The lines of a run's metrics.jsonl, as dicts."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_loss(run):
+    """Writes loss.png (training loss, its moving average, validation loss) and returns the figure."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = np.array(train).T
+    span = max(1, len(losses) // 20)
+    smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+    axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
+    if validation:
+        axes.plot(*np.array(validation).T, "o-", color="tab:orange", markersize=4, label="validation loss")
+    axes.set(xlabel="step", ylabel="nats per token", title=str(run))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(run) / "loss.png", dpi=110)
+    return figure
+
+
+# %% [markdown]
+# ## Log
+#
+# The host's job is to stay ahead of the device: it takes a batch that is already there, dispatches a step, and goes on.
+# It never asks for a result that the device is still computing: **metrics are read one log interval late**. When the
+# loss of step 90 is read after step 100 was dispatched, it has long been there, and reading it tells when step 90 was
+# done: throughput is measured from one such moment to the next. Only an evaluation, a sample, a save or a trace makes
+# the host wait, and that time is not counted as training.
+
+
+# %% Meter tags=["shared"]
+def format_time(seconds):
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def peak_memory():
+    """Bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Meter:
+    """Throughput of the training steps alone, from the moments at which the host saw a step's result."""
+
+    def __init__(self, config, step):
+        self.tokens_per_step, self.flops = config.tokens_per_step, flops_per_token(config)
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.seconds, self.steps = 0.0, 0  # of training, in all
+        self.restart(step)
+
+    def restart(self, step):
+        """The time until now is not training: the first compilation, an evaluation, a save."""
+        self.since, self.step = time.perf_counter(), step
+
+    def seen(self, step):
+        """The result of `step` steps has just been read. Returns the rates since the last call."""
+        now = time.perf_counter()
+        seconds, steps = now - self.since, step - self.step
+        self.since, self.step = now, step
+        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
+        return self.rates(steps, seconds)
+
+    def rates(self, steps, seconds):
+        """{'tokens_per_second', 'mfu'}; None where there is nothing to divide, or no known peak."""
+        rate = self.tokens_per_step * steps / seconds if steps else None
+        return {"tokens_per_second": rate, "mfu": rate and self.peak and self.flops * rate / self.peak}
+
+
+def show_rates(tokens_per_second, mfu):
+    """'12,345 tok/s, MFU 41.2%', with n/a for None."""
+    rate = "n/a" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+    return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+
+
+# %% Run log tags=["shared"]
+class RunLog:
+    """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
+
+    def __init__(self, config, run, step):
+        from tensorboard.summary import DirectoryOutput, Writer
+
+        self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if (row := json.loads(line))["step"] < step + ("val_loss" in row)]
+        path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
+        self.file = path.open("a", buffering=1)
+        self.tensorboard = Writer(DirectoryOutput(str(run)))
+        self.live = IN_NOTEBOOK or sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.total, initial=step, disable=not self.live,
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+        )  # fmt: skip
+        self.meter = Meter(config, step)
+        self.unread = collections.deque()  # (step, metrics on the device)
+        self.last = {}
+
+    def write(self, step, **values):
+        """One line of metrics.jsonl, and a TensorBoard scalar for each value that is not None."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, np.float32(value), step)
+
+    def say(self, text):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def train_step(self, step, metrics):
+        """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before."""
+        self.done = step + 1
+        self.bar.update()
+        if due(step, self.interval):
+            self.unread.append((step, metrics))
+            self._read(leave=1)
+
+    def _read(self, leave):
+        while len(self.unread) > leave:
+            step, metrics = self.unread.popleft()
+            metrics = {name: float(x) for name, x in metrics.items()}
+            rates = self.meter.seen(step + 1)
+            self.last = {**metrics, **rates}
+            self.write(step, **self.last)
+            if rates["tokens_per_second"]:
+                left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
+                line = f"loss {metrics['loss']:.3f}, {show_rates(**rates)}, {left} left"
+                self.bar.set_postfix_str(line, refresh=False)
+                if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
+                    self.say(f"{self.at(step)}  {line}")
+
+    def at(self, step):
+        return f"step {step:>{len(str(self.total))}}/{self.total}"
+
+    @contextlib.contextmanager
+    def paused(self, state):
+        """Waits for the device to finish its steps; what happens inside is not counted as training time."""
+        self._read(leave=0)
+        jax.block_until_ready(state.step)
+        self.meter.seen(self.done)
+        yield
+        self.meter.restart(self.done)
+
+    def validation(self, result):
+        self.write(self.done, val_loss=result["loss"], val_bpb=result["bpb"])
+        self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
+
+    def samples(self, texts):
+        with (self.run / "samples.txt").open("a") as file:
+            file.write(f"--- step {self.done}\n" + "".join(f"{text}\n\n" for text in texts))
+        self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        self.tensorboard.close()
+
+
+# %% [markdown]
+# ## Train
+#
+# All pieces in their order. What can be wrong with the Config, the shards, the tokenizer or the run folder is found
+# before anything is compiled.
+
+# %% Train tags=["shared"]
+SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
+
+
+def due(step, interval):
+    """Whether `step` is a multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def train(config):
+    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics."""
+    started = time.perf_counter()
+    shards, fetch_validation = list_shards(config)
+    for fetch in (shards[0], fetch_validation) if config.dataset in HUB_SHARDS else (*shards, fetch_validation):
+        check_shard(fetch())
+    tokenizer, validation = find_tokenizer(config, shards[0]()), fetch_validation()
+    run, checkpoint = open_run(config)
+    if checkpoint:
+        state, meta = load_checkpoint(checkpoint, config)
+    else:
+        state, meta = init_train_state(config), {"step": 0, "best_loss": None}
+    first, total, best_loss = meta["step"], config.total_steps, meta["best_loss"]
+    describe_run(config, run, first)
+
+    periodic = validation_batches(config, tokenizer, validation, config.eval_tokens)
+    traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
+        if checkpoint:
+            loader.load_state_dict(meta["loader"])
+        log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        for step in range(first, total):
+            if traced and step == traced.start:
+                with log.paused(state):
+                    jax.profiler.start_trace(str(run / "profile"))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                tokens, targets = next(loader)
+                state, metrics = train_step(config, state, tokens, targets)
+            if step == first:
+                jax.block_until_ready(state.step)
+                log.say(f"first step after {time.perf_counter() - started:.1f} s, compilation included")
+                log.meter.restart(step + 1)  # compilation is not throughput
+            log.train_step(step, metrics)
+            if traced and step == traced[-1]:
+                with log.paused(state):
+                    jax.profiler.stop_trace()
+
+            done, last = step + 1, step + 1 == total
+            if last or due(done, config.eval_interval):
+                with log.paused(state):
+                    batches = (
+                        validation_batches(config, tokenizer, validation, config.final_eval_tokens)
+                        if last
+                        else periodic
+                    )
+                    result = evaluate(config, state.params, batches)
+                    best_loss = min(result["loss"], best_loss or math.inf)
+                    log.validation(result)
+            if last or due(done, config.sample_interval):
+                with log.paused(state):
+                    log.samples(
+                        generate(
+                            config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=min(48, config.seq_len - 2)
+                        )
+                    )
+            if last or due(done, config.save_interval):
+                with log.paused(state):
+                    save_checkpoint(run, config, state, best_loss=best_loss, loader=loader.state_dict(), finished=last)
+        summary = {
+            "step": total, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
+            "best_val_loss": best_loss, "tokens": total * config.tokens_per_step,
+            **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
+            "wait_seconds": loader.wait_seconds, "peak_memory": peak_memory(), "run_dir": str(run),
+        }  # fmt: skip
+    plot_loss(run)
+    return summary
+
+
+# %% What is said before and after tags=["shared"]
+def describe_run(config, run, first):
+    """Prints the device, the model, the data and the folder of a run that begins at step `first`."""
+    kind, counts, steps = jax.devices()[0].device_kind, count_params(config), config.total_steps
+    peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
+    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
+    tokens = steps * config.tokens_per_step / 1e6
+    print(f"device  {kind}, peak {peak}")
+    print(f"model   {counts['total'] / 1e6:.1f}M parameters ({parts})")
+    print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
+    print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
+
+
+def show_summary(summary):
+    """Prints what train returned."""
+    files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
+    print(
+        f"loss    {summary['val_loss']:.4f} nats per token on the validation shard; best {summary['best_val_loss']:.4f}"
+    )
+    print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
+    print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
+    print(f"time    {format_time(summary['seconds'])} in all, {summary['wait_seconds']:.1f} s waiting for data")
+    print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
+    print(f"files   {summary['run_dir']}: {files}")
+
+
+# %% [markdown]
+# # Run
+#
+# Everything above only defined things. `Config.for_device()` is the reference model on a TPU or GPU, and the demo on a
+# CPU; change what you like with `config.replace(...)`. As a script, every field is an option:
+# `python 02_train.py --n_head 4 --num_iterations 200`.
+
+# %% Configure tags=["run"]
+config = Config.for_device()
+if not IN_NOTEBOOK:
+    with one_line_errors():
+        config = parse_args(sys.argv[1:], config)
+
+# %% Train it tags=["run"]
+with one_line_errors():
+    summary = train(config)
+show_summary(summary)
+
+# %% [markdown]
+# **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
+# slowly, and once more in the warmdown, when the falling learning rate lets the weights settle. If the end of the
+# curve is still falling, more steps would pay.
+
+# %% Loss curve tags=["run"]
+if IN_NOTEBOOK:
+    from IPython.display import Image, display
+
+    display(Image(str(Path(summary["run_dir"]) / "loss.png")))
+
+# %% [markdown]
+# ## Is that any good?
+#
+# A language model is a compressor: its bits per byte are the size to which an arithmetic coder driven by its
+# predictions would shrink the text. So there is a yardstick in every Unix box. It is not a fair fight: the model has
+# read a training set first and its own weights are not counted, while `xz` and `zstd` begin with nothing. But a model
+# that loses it has learned nothing.
+
+
+# %% Compressors tags=["shared"]
+def compressor_bpb(text):
+    """Bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
+    data = text.encode()
+    packed = {
+        "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+        "zstd -19 --ultra": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
+    }
+    return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
+
+
+# %% Compare tags=["run"]
+_, fetch_validation = list_shards(config)
+documents = (text for _, text in read_documents(fetch_validation()))
+sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, 20 MB of FineWeb-Edu's
+for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
+    print(f"{name:18}{bpb:.3f} bits per byte")
+
+# %% [markdown]
+# ## Ask it
+#
+# The checkpoint is what a later session would load. Temperature 0 always takes the likeliest token; higher is more
+# adventurous.
+
+# %% Samples tags=["run"]
+state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
+tokenizer = find_tokenizer(config, fetch_validation())
+for prompt in SAMPLE_PROMPTS:
+    print(generate(config, state.params, tokenizer, prompt, max_new_tokens=100, temperature=0.8), end="\n\n")
+
+# %% [markdown]
+# ## Look inside
+#
+# TensorBoard shows the curves, and under *Profile* the trace of a few steps in the middle of the run: open the trace
+# viewer and look for the named scopes, and for gaps between the steps, in which the device waits for the host.
+
+# %% TensorBoard tags=["run"]
+if "google.colab" in sys.modules:
+    from tensorboard import notebook
+
+    notebook.start(f"--logdir {summary['run_dir']}")
+else:
+    print(f"tensorboard --logdir {summary['run_dir']}")

@@ -1,0 +1,231 @@
+"""Notebook tooling: read, load as a module, stamp shared cells, build the .ipynb, check for drift.
+
+A notebook is a jupytext percent script, `NN_name.py` in the root folder: the source of truth. From it come
+
+  - a module for the tests: `load("02_train.py")` executes exactly the code cells not tagged `run`;
+  - `NN_name.ipynb`, committed so that Colab can open it: `./update_notebooks.sh` writes it, always the same bytes.
+
+`./update_notebooks.sh` also keeps two things equal that cannot be imported, because a notebook is one file:
+
+  - shared cells: `# %% Attention tags=["shared"]` belongs to the lowest-numbered notebook with a shared cell of that
+    title; its source and tags are copied into the others;
+  - the repository's own address, set once in pyproject.toml, `[tool.tpuchat] github = "owner/repo"`. An address is
+    ours where a Colab link ends in one of our notebooks, or a notebook says `GITHUB = "owner/repo"`. Those, and every
+    link to github.com or raw.githubusercontent.com with the same owner/repo as one of them, are rewritten in the
+    notebooks and the *.md files of the root folder. All other links are left alone.
+
+`--check` changes nothing, names each file that would change, and exits 1. A mistake in a notebook exits 2.
+
+A notebook edited in Colab or Jupyter comes back with `jupytext --to py:percent 02_train.ipynb`, before the next
+`./update_notebooks.sh`, which overwrites the .ipynb.
+"""
+
+import argparse
+import hashlib
+import itertools
+import linecache
+import re
+import sys
+import tomllib
+import types
+from collections import Counter
+from pathlib import Path
+
+import jupytext
+
+ROOT = Path(__file__).resolve().parents[1]
+TAGS = {"run", "shared"}
+METADATA = {"title", "tags", "lines_to_next_cell", "cell_marker"}  # the last two are how jupytext keeps blank lines
+MARKER = re.compile(r"^(?=# %%(?: |$))", re.M)  # where a cell starts
+
+
+class NotebookError(ValueError):
+    """A mistake in a notebook that its author has to correct; the message is one line."""
+
+
+def read_text(path):
+    return path.read_bytes().decode()  # not read_text: it would hide a \r
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def first_difference(have, want):
+    """(line number, line of `have`, line of `want`) where two different texts part."""
+    lines = itertools.zip_longest(have.split("\n"), want.split("\n"), fillvalue="<end of file>")
+    return next((i, a, b) for i, (a, b) in enumerate(lines, 1) if a != b)
+
+
+def parse(name, text):
+    """The text of a .py notebook -> (notebook node, text above the first cell, [(cell, its line number, its text)])."""
+    nb = jupytext.reads(text, fmt="py:percent")
+    if nb.metadata.get("jupytext", {}).get("comment_magics") is not False:
+        raise NotebookError(f"{name}: the header must say comment_magics: false, or '# cat x' becomes a shell command")
+    head, *texts = MARKER.split(text)
+    if len(texts) != len(nb.cells):
+        raise NotebookError(
+            f"{name}: {len(texts)} lines start with '# %%' but jupytext reads {len(nb.cells)} cells: "
+            "is there code before the first '# %%', or a '# %%' inside a string?"
+        )
+    lines = itertools.accumulate((part.count("\n") for part in [head, *texts[:-1]]), initial=1)
+    cells = list(zip(nb.cells, list(lines)[1:], texts, strict=True))
+    for cell, line, _ in cells:
+        if unknown := (set(cell.metadata) - METADATA) | (set(tags(cell)) - TAGS):
+            raise NotebookError(
+                f"{name}:{line}: cannot use {', '.join(sorted(map(str, unknown)))}: the form of this "
+                'line is: # %% Title tags=["run"], and the tags are run and shared'
+            )
+    again = jupytext.writes(jupytext.reads(jupytext.writes(nb, fmt="ipynb"), fmt="ipynb"), fmt="py:percent")
+    if again != text:
+        line, a, b = first_difference(text, again)
+        raise NotebookError(f"{name}:{line}: .py -> .ipynb -> .py is not lossless: {a!r} becomes {b!r}")
+    return nb, head, cells
+
+
+def load(path):
+    """Import a notebook: a module made of exactly the code cells not tagged `run`.
+
+    `02_train.py` becomes the module `nb_02_train`. Tracebacks, inspect.getsource and coverage point into the .py
+    itself, because every other line is blanked, not removed. A file that has not changed is loaded once.
+    """
+    path = Path(path).resolve()
+    text = read_text(path)
+    name = "nb_" + re.sub(r"\W", "_", path.stem)
+    module = sys.modules.get(name)
+    if module and (module.__file__, module.__text__) == (str(path), text):
+        return module
+
+    _, head, cells = parse(path.name, text)
+    code = head
+    for cell, _, part in cells:
+        keep = cell.cell_type == "code" and "run" not in tags(cell)
+        code += part if keep else "\n" * part.count("\n")
+    linecache.checkcache(str(path))
+    module = types.ModuleType(name)
+    module.__file__, module.__text__ = str(path), text
+    sys.modules[name] = module  # before the code runs: dataclasses look their module up
+    try:
+        exec(compile(code, str(path), "exec", dont_inherit=True), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def stamp(notebooks):
+    """{file name: text} -> the same, with every shared cell equal to its owner's."""
+    owners, stamped = {}, {}
+    for name, text in sorted(notebooks.items()):
+        _, head, cells = parse(name, text)
+        seen, stamped[name] = {}, head
+        for cell, line, part in cells:
+            if "shared" in tags(cell):
+                title = cell.metadata.get("title")
+                if not title:
+                    raise NotebookError(f'{name}:{line}: a shared cell needs a title: # %% Title tags=["shared"]')
+                if title in seen:
+                    raise NotebookError(f"{name}:{line}: a shared cell {title!r} is already on line {seen[title]}")
+                seen[title] = line
+                body = part.rstrip("\n")  # the blank lines below a cell are the notebook's own
+                part = owners.setdefault(title, body) + part[len(body) :]
+            stamped[name] += part
+    return stamped
+
+
+def build(name, text):
+    """The text of a .py notebook -> the text of its .ipynb."""
+    nb, _, _ = parse(name, text)
+    title, count = "", Counter()
+    for cell in nb.cells:
+        # An id counts from the last title, so that a new cell does not change the ids of all that follow.
+        title = cell.metadata.get("title", title)
+        cell.id = hashlib.sha256(f"{Path(name).stem}/{title}/{count[title]}".encode()).hexdigest()[:12]
+        count[title] += 1
+    return jupytext.writes(nb, fmt="ipynb").rstrip("\n") + "\n"
+
+
+def github(root):
+    slug = tomllib.loads(read_text(root / "pyproject.toml")).get("tool", {}).get("tpuchat", {}).get("github", "")
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", slug):
+        raise NotebookError(f"pyproject.toml: [tool.tpuchat] github is {slug!r}: it must be 'owner/repo'")
+    return slug
+
+
+def colab_links(text):
+    """[(owner/repo, file name)] of the Colab links in a text."""
+    return re.findall(r"colab\.research\.google\.com/github/([^/\s]+/[^/\s]+)/blob/[^/\s]+/([\w.-]+\.ipynb)", text)
+
+
+def address(texts, slug):
+    """{file name: text} -> the same, with our own owner/repo set to `slug` (which are ours: see the top)."""
+    ours = set()
+    for text in texts.values():
+        ours |= {repo for repo, file in colab_links(text) if file.replace(".ipynb", ".py") in texts}
+        ours |= set(re.findall(r'^GITHUB = "([^"]+)"', text, re.M))
+    if not ours:
+        return texts
+    names = "|".join(re.escape(repo) for repo in sorted(ours, key=len, reverse=True))
+    hosts = r"colab\.research\.google\.com/github|github\.com|raw\.githubusercontent\.com"
+    link = re.compile(rf"({hosts})/(?:{names})(?![\w-])")
+    constant = re.compile(r'^GITHUB = "[^"]+"', re.M)
+    return {name: constant.sub(f'GITHUB = "{slug}"', link.sub(rf"\1/{slug}", text)) for name, text in texts.items()}
+
+
+def expected(root):
+    """{file name: text} of every file that this tool owns a part of, as it should be."""
+    texts = {path.name: read_text(path) for path in sorted([*root.glob("[0-9]*.py"), *root.glob("*.md")])}
+    texts = address(texts, github(root))
+    texts |= stamp({name: text for name, text in texts.items() if name.endswith(".py")})
+    texts |= {name.replace(".py", ".ipynb"): build(name, text) for name, text in texts.items() if name.endswith(".py")}
+    return texts
+
+
+def describe(name, have, want):
+    """One line that says where a file differs from what it should be."""
+    line, a, b = first_difference(have, want)
+    marker = {".py": "# %%", ".ipynb": '   "cell_type"'}.get(Path(name).suffix)
+    starts = [text for text in have.split("\n")[:line] if marker and text.startswith(marker)]
+    where = f" in cell {len(starts)}" if starts else ""
+    where += f" ({starts[-1]})" if starts and name.endswith(".py") else ""
+    return f"{name}:{line}:{where} has {a!r}, should have {b!r}"
+
+
+def main(argv=None, root=ROOT):
+    parser = argparse.ArgumentParser(description="Stamp the shared cells and rebuild the .ipynb files.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything would change")
+    check = parser.parse_args(argv).check
+    try:
+        want = expected(root)
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    problems = []
+    for path in sorted(root.glob("[0-9]*.ipynb")):
+        if path.name not in want:
+            problems.append(f"{path.name}: there is no {path.stem}.py; delete it, or make one with jupytext")
+    for name, text in want.items():
+        if name.endswith((".py", ".md")):
+            for line, part in enumerate(text.split("\n"), 1):
+                for repo, file in colab_links(part):
+                    if repo == github(root) and file not in want:
+                        problems.append(f"{name}:{line}: Colab link to {file}, which is not there")
+        path = root / name
+        have = read_text(path) if path.exists() else None
+        if have == text:
+            continue
+        if check:
+            problems.append(f"{name}: missing" if have is None else describe(name, have, text))
+        else:
+            path.write_bytes(text.encode())
+            print(f"wrote {name}")
+    for problem in problems:
+        print(problem)
+    if check and problems:
+        print("drift: run ./update_notebooks.sh")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

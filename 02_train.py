@@ -306,7 +306,7 @@ class Config:
     def demo(cls):
         """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
-            n_head=4, head_dim=64, aspect_ratio=64, vocab_size=4096, seq_len=256, compute_dtype="float32",
+            n_head=4, head_dim=64, aspect_ratio=64, vocab_size=4096, seq_len=256,
             device_batch_size=16, learning_rate=2e-3, num_iterations=600, dataset="embedded", num_shards=-1,
             run_dir="runs/demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
@@ -979,14 +979,17 @@ def flash_attention(q, k, v, *, block, interpret):
 # %% [markdown]
 # ### The forward pass
 #
+# The residual stream is `[B·T, D]`: only attention needs to know where one sequence ends, so every matmul has two axes,
+# which every compiler knows how to lay out. (As `[B, T, D]`, XLA on a CPU copies both operands of each weight gradient
+# into another layout: the demo's step took 1.4 times as long.)
+#
 # The layers are unrolled, not scanned: each then has its own name in the profile, and XLA schedules across them. The
 # named scopes (`embed`, `layer_03/attn`, `layer_03/mlp`, `lm_head`, …) are what you will see in XProf.
 
-
 # %% Layers
 def embed(config, params, tokens):
-    """[B, T] tokens → [B, T, D]. The rows are cast after the gather: their gradient is then summed in float32."""
-    return rms_norm(params["embed"][tokens]).astype(config.compute_dtype)
+    """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
+    return rms_norm(params["embed"][tokens.reshape(-1)]).astype(config.compute_dtype)
 
 
 def mix_residual(layer, x, x0):
@@ -995,22 +998,29 @@ def mix_residual(layer, x, x0):
     return mixed.astype(x.dtype)
 
 
-def project_qkv(layer, x, cos, sin):
-    """[B, T, D] → q [B, N, T, H], k and v [B, K, T, H], normed and rotated."""
+def project_qkv(layer, x, T, cos, sin):
+    """[B·T, D] → q [B, N, T, H], k and v [B, K, T, H]; q and k normed and rotated."""
     x = rms_norm(x)
-    q, k, v = (jnp.einsum("btd,dnh->bnth", x, layer[name]) for name in "qkv")
+    q, k, v = (jnp.einsum("sd,dnh->snh", x, layer[name]) for name in "qkv")
+    q, k, v = (y.reshape(-1, T, *y.shape[1:]).swapaxes(1, 2) for y in (q, k, v))
     return norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin), v
 
 
+def project_out(layer, y):
+    """[B, N, T, H] → [B·T, D]."""
+    _, N, _, H = y.shape
+    return jnp.einsum("snh,nhd->sd", y.swapaxes(1, 2).reshape(-1, N, H), layer["o"])
+
+
 def mlp(layer, x):
-    """[B, T, D] → [B, T, D] through F = 4D units of ReLU²."""
-    hidden = jnp.einsum("btd,df->btf", rms_norm(x), layer["up"])
-    return jnp.einsum("btf,fd->btd", jnp.square(jax.nn.relu(hidden)), layer["down"])
+    """[B·T, D] → [B·T, D] through F = 4D units of ReLU²."""
+    hidden = jnp.einsum("sd,df->sf", rms_norm(x), layer["up"])
+    return jnp.einsum("sf,fd->sd", jnp.square(jax.nn.relu(hidden)), layer["down"])
 
 
 def lm_head(config, params, x):
-    """[B, T, D] → logits [B, T, V], float32, softcapped."""
-    logits = jnp.einsum("btd,dv->btv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
+    """[B·T, D] → logits [B·T, V], float32, softcapped."""
+    logits = jnp.einsum("sd,dv->sv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 
@@ -1027,21 +1037,22 @@ def cast_weights(config, params):
 
 def forward(config, params, tokens):
     """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
+    B, T = tokens.shape
     weights = cast_weights(config, params)
-    cos, sin = rope_tables(tokens.shape[1], config.head_dim)
+    cos, sin = rope_tables(T, config.head_dim)
     with jax.named_scope("embed"):
         x = x0 = embed(config, weights, tokens)
     for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
         with jax.named_scope(f"layer_{i:02d}"):
             with jax.named_scope("attn"):
                 x = mix_residual(layer, x, x0)
-                q, k, v = project_qkv(layer, x, cos, sin)
+                q, k, v = project_qkv(layer, x, T, cos, sin)
                 y = attention(q, k, v, window=window, impl=config.attn_impl, block_size=config.splash_block_size)
-                x = x + jnp.einsum("bnth,nhd->btd", y, layer["o"])
+                x = x + project_out(layer, y)
             with jax.named_scope("mlp"):
                 x = x + mlp(layer, x)
     with jax.named_scope("lm_head"):
-        return lm_head(config, weights, x)
+        return lm_head(config, weights, x).reshape(B, T, -1)
 
 
 # %% [markdown]
@@ -1094,17 +1105,19 @@ def peak_flops(device_kind):
 # %% [markdown]
 # ## Loss
 #
-# Cross-entropy in float32: logsumexp of the logits minus the target's logit. With a head that starts near zero it
-# begins at ln V, the loss of a uniform guess: if step 0 says anything else, something is wrong.
-
+# Cross-entropy in float32: the log of the sum of exponentials, minus the target's logit. The softcap bounds the logits, so
+# the usual pass that subtracts their maximum is not needed; and the target's logit is a masked sum, which XLA fuses into
+# the same pass, where indexing would gather, and scatter in the backward pass. With a head that starts near zero the loss
+# begins at ln V, that of a uniform guess: if step 0 says anything else, something is wrong.
 
 # %% Loss tags=["shared"]
 def token_losses(config, params, tokens, targets):
     """Cross-entropy of each target, nats, float32 [B, T]."""
     logits = forward(config, params, tokens)
     with jax.named_scope("loss"):
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - target_logits
+        is_target = jnp.arange(config.vocab_size) == targets[..., None]
+        target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+        return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - target_logits
 
 
 def loss_fn(config, params, tokens, targets):
@@ -1275,16 +1288,16 @@ def evaluate(config, params, batches):
 # prompt of any length costs no compilation.
 
 
-# %% Decode
+# %% Decode tags=["shared"]
 def decode_token(config, weights, cache, tokens, position):
-    """Logits [B, V] after `tokens` [B] at `position`, and the cache, a pair of [B, K, T, H] a layer, with them in it."""
+    """Logits [B, V] after `tokens` [B] at `position`. Also the cache with them in it: a pair of [B, K, T, H] a layer."""
     T = config.seq_len
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
-    x = x0 = embed(config, weights, tokens[:, None])
+    x = x0 = embed(config, weights, tokens)
     s, new_cache = jnp.arange(T), []
     for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
         x = mix_residual(layer, x, x0)
-        q, k, v = project_qkv(layer, x, cos, sin)
+        q, k, v = project_qkv(layer, x, 1, cos, sin)
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=2)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
         new_cache.append((keys, values))
@@ -1293,12 +1306,12 @@ def decode_token(config, weights, cache, tokens, position):
         seen = (s <= position) & (position - s <= window)
         probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
         y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(-1, config.n_head, 1, config.head_dim)
-        x = x + jnp.einsum("bnth,nhd->btd", y, layer["o"])
+        x = x + project_out(layer, y)
         x = x + mlp(layer, x)
-    return lm_head(config, weights, x)[:, 0], new_cache
+    return lm_head(config, weights, x), new_cache
 
 
-# %% Sample
+# %% Sample tags=["shared"]
 def pick_token(key, logits, temperature, top_k):
     """Samples [B] ids from logits [B, V] among the top_k, or takes the largest where temperature is 0."""
     kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), logits.shape[-1] - top_k[None, None], axis=-1)

@@ -66,7 +66,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import hashlib
 import itertools
 import json
 import lzma
@@ -86,7 +85,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
@@ -212,6 +210,12 @@ class Config:
         )  # fmt: skip
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(
+            self.softcap <= 70,
+            "softcap",
+            self.softcap,
+            "must be at most 70: the loss takes exp of the logits as they are",
+        )
         for name in ("log_interval", "eval_interval", "sample_interval", "save_interval", "profile_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
@@ -474,7 +478,8 @@ def find_tokenizer(config, first_shard):
     InputError if it has more tokens than the model has rows for.
     """
     beside = first_shard.parent / "tokenizer"
-    cached = cache_dir() / "tokenizers" / f"{config.dataset.strip('/').replace('/', '--')}-{config.vocab_size}"
+    source = config.dataset if config.dataset in HUB_SHARDS else str(first_shard.resolve().parent)
+    cached = cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
     if beside.exists():
         tokenizer = load_tokenizer(beside)
     elif cached.exists():
@@ -570,12 +575,8 @@ def list_shards(config):
             "the last one for validation"
         )
     *train, validation = fetchers
-    require(
-        config.num_shards <= len(train),
-        "num_shards",
-        config.num_shards,
-        f"{config.dataset} has {len(train)} training shards",
-    )
+    rule = f"{config.dataset} has {len(train)} training shards; -1 takes all"
+    require(config.num_shards <= len(train), "num_shards", config.num_shards, rule)
     return train[: None if config.num_shards == -1 else config.num_shards], validation
 
 
@@ -986,6 +987,7 @@ def flash_attention(q, k, v, *, block, interpret):
 # The layers are unrolled, not scanned: each then has its own name in the profile, and XLA schedules across them. The
 # named scopes (`embed`, `layer_03/attn`, `layer_03/mlp`, `lm_head`, …) are what you will see in XProf.
 
+
 # %% Layers
 def embed(config, params, tokens):
     """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
@@ -1105,10 +1107,11 @@ def peak_flops(device_kind):
 # %% [markdown]
 # ## Loss
 #
-# Cross-entropy in float32: the log of the sum of exponentials, minus the target's logit. The softcap bounds the logits, so
-# the usual pass that subtracts their maximum is not needed; and the target's logit is a masked sum, which XLA fuses into
-# the same pass, where indexing would gather, and scatter in the backward pass. With a head that starts near zero the loss
-# begins at ln V, that of a uniform guess: if step 0 says anything else, something is wrong.
+# Cross-entropy in float32: the log of the sum of exponentials, minus the target's logit. The softcap bounds the
+# logits, so the usual pass that subtracts their maximum is not needed; and the target's logit is a masked sum, which
+# XLA fuses into the same pass, where indexing would gather, and scatter in the backward pass. With a head that starts
+# near zero the loss begins at ln V, that of a uniform guess: if step 0 says anything else, something is wrong.
+
 
 # %% Loss tags=["shared"]
 def token_losses(config, params, tokens, targets):
@@ -1290,7 +1293,7 @@ def evaluate(config, params, batches):
 
 # %% Decode tags=["shared"]
 def decode_token(config, weights, cache, tokens, position):
-    """Logits [B, V] after `tokens` [B] at `position`. Also the cache with them in it: a pair of [B, K, T, H] a layer."""
+    """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B, K, T, H] a layer)."""
     T = config.seq_len
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
     x = x0 = embed(config, weights, tokens)
@@ -1346,18 +1349,14 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
 def generate(config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, seed=0):
     """The prompt and its continuation, up to BOS or max_new_tokens. A list of prompts is continued as one batch.
 
-    temperature 0 is greedy. Prompt and continuation share one context of T tokens: of a longer prompt only the end
-    is read, so that max_new_tokens (at most T − 2) fit.
+    temperature 0 is greedy. Prompt and continuation share one context of T tokens: at most T − 2 tokens are generated,
+    and of a prompt that leaves no room for them only the end is read.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     T, bos = config.seq_len, tokenizer.encode_single_token("<|bos|>")
     require(prompts, "prompt", prompt, "must be a text, or a list of at least one")
-    require(
-        0 < max_new_tokens <= T - 2,
-        "max_new_tokens",
-        max_new_tokens,
-        f"must lie in 1 … {T - 2} (the context, {T}, less 2)",
-    )
+    require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be positive")
+    max_new_tokens = min(max_new_tokens, T - 2)
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(top_k > 0, "top_k", top_k, "must be positive")
     tokens, lengths = np.full((len(prompts), T), bos, np.int32), []
@@ -1497,6 +1496,7 @@ def open_run(config):
             if not (run / "config.json").exists():
                 raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
             saved = json.loads((run / "config.json").read_text())
+            (run / "metrics.jsonl").open("a").close()
             checkpoints = list_checkpoints(run)
             finished = checkpoints and json.loads((checkpoints[-1] / "meta.json").read_text()).get("finished")
         except (OSError, json.JSONDecodeError) as error:
@@ -1553,6 +1553,11 @@ def plot_loss(run):
 
 
 # %% Meter tags=["shared"]
+def due(step, interval):
+    """Whether `step` is a multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
+
+
 def format_time(seconds):
     """'1:02:03' or '2:03'."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -1571,20 +1576,21 @@ def peak_memory():
 class Meter:
     """Throughput of the training steps alone, from the moments at which the host saw a step's result."""
 
-    def __init__(self, config, step):
+    def __init__(self, config):
         self.tokens_per_step, self.flops = config.tokens_per_step, flops_per_token(config)
         self.peak = peak_flops(jax.devices()[0].device_kind)
         self.seconds, self.steps = 0.0, 0  # of training, in all
-        self.restart(step)
+        self.restart()
 
-    def restart(self, step):
-        """The time until now is not training: the first compilation, an evaluation, a save."""
-        self.since, self.step = time.perf_counter(), step
+    def restart(self):
+        """Something else than training took the time: a compilation, an evaluation. Begin with the next result."""
+        self.since = None
 
     def seen(self, step):
-        """The result of `step` steps has just been read. Returns the rates since the last call."""
-        now = time.perf_counter()
-        seconds, steps = now - self.since, step - self.step
+        """The result of `step` steps has just been read. Returns the rates since the result before it."""
+        now, seconds, steps = time.perf_counter(), 0.0, 0
+        if self.since is not None:
+            seconds, steps = now - self.since, step - self.step
         self.since, self.step = now, step
         self.seconds, self.steps = self.seconds + seconds, self.steps + steps
         return self.rates(steps, seconds)
@@ -1620,7 +1626,7 @@ class RunLog:
             total=self.total, initial=step, disable=not self.live,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
-        self.meter = Meter(config, step)
+        self.meter = Meter(config)
         self.unread = collections.deque()  # (step, metrics on the device)
         self.last = {}
 
@@ -1667,7 +1673,7 @@ class RunLog:
         jax.block_until_ready(state.step)
         self.meter.seen(self.done)
         yield
-        self.meter.restart(self.done)
+        self.meter.restart()
 
     def validation(self, result):
         self.write(self.done, val_loss=result["loss"], val_bpb=result["bpb"])
@@ -1694,9 +1700,11 @@ class RunLog:
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
 
 
-def due(step, interval):
-    """Whether `step` is a multiple of `interval`; never if that is 0."""
-    return interval > 0 and step % interval == 0
+def trace_options():
+    """XProf without Python's own call stack, which is most of a trace's size and slows the host that is to be seen."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
 
 
 def train(config):
@@ -1714,47 +1722,40 @@ def train(config):
     first, total, best_loss = meta["step"], config.total_steps, meta["best_loss"]
     describe_run(config, run, first)
 
-    periodic = validation_batches(config, tokenizer, validation, config.eval_tokens)
+    batches = validation_batches(config, tokenizer, validation, config.eval_tokens)
     traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
             loader.load_state_dict(meta["loader"])
         log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        trace = stack.enter_context(contextlib.ExitStack())
         for step in range(first, total):
             if traced and step == traced.start:
                 with log.paused(state):
-                    jax.profiler.start_trace(str(run / "profile"))
+                    trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 tokens, targets = next(loader)
                 state, metrics = train_step(config, state, tokens, targets)
             if step == first:
                 jax.block_until_ready(state.step)
                 log.say(f"first step after {time.perf_counter() - started:.1f} s, compilation included")
-                log.meter.restart(step + 1)  # compilation is not throughput
             log.train_step(step, metrics)
             if traced and step == traced[-1]:
                 with log.paused(state):
-                    jax.profiler.stop_trace()
+                    trace.close()
 
             done, last = step + 1, step + 1 == total
             if last or due(done, config.eval_interval):
                 with log.paused(state):
-                    batches = (
-                        validation_batches(config, tokenizer, validation, config.final_eval_tokens)
-                        if last
-                        else periodic
-                    )
+                    if last:  # more of the shard
+                        batches = validation_batches(config, tokenizer, validation, config.final_eval_tokens)
                     result = evaluate(config, state.params, batches)
                     best_loss = min(result["loss"], best_loss or math.inf)
                     log.validation(result)
             if last or due(done, config.sample_interval):
                 with log.paused(state):
-                    log.samples(
-                        generate(
-                            config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=min(48, config.seq_len - 2)
-                        )
-                    )
+                    log.samples(generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=48))
             if last or due(done, config.save_interval):
                 with log.paused(state):
                     save_checkpoint(run, config, state, best_loss=best_loss, loader=loader.state_dict(), finished=last)

@@ -310,9 +310,9 @@ class Config:
     def demo(cls):
         """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
-            n_head=4, head_dim=64, aspect_ratio=64, vocab_size=4096, seq_len=256,
-            device_batch_size=16, learning_rate=2e-3, num_iterations=600, dataset="embedded", num_shards=-1,
-            run_dir="runs/demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
+            n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
+            learning_rate=4e-3, num_iterations=600, dataset="embedded", num_shards=-1, run_dir="runs/demo",
+            log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
 
@@ -340,6 +340,11 @@ def parse_args(argv, config):
         description="Every option is a Config field; without options the Config fits the device.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+
+    def refuse(message):  # argparse would print the usage, a screenful
+        raise InputError(f"{message} (--help lists the fields)")
+
+    parser.error = refuse
     fields = dataclasses.fields(config)
     for field in fields:
         parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=field.type.__name__)
@@ -403,7 +408,7 @@ def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
 
 
 def save_tokenizer(tokenizer, folder):
-    """Writes tokenizer.tiktoken and tokenizer.json to `folder`."""
+    """Writes tokenizer.tiktoken and, last and at once, tokenizer.json to `folder`: without the second there is none."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
@@ -411,7 +416,8 @@ def save_tokenizer(tokenizer, folder):
     (folder / "tokenizer.tiktoken").write_text("".join(lines))
     special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
     meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
-    (folder / "tokenizer.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n")
+    os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
 
 
 def load_tokenizer(folder):
@@ -423,8 +429,9 @@ def load_tokenizer(folder):
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
-        if "<|bos|>" not in meta["special_tokens"]:
-            raise ValueError("there is no <|bos|> among the special tokens")
+        special = meta["special_tokens"]
+        if "<|bos|>" not in special or len(set(special)) < len(special):
+            raise ValueError("the special tokens must be different, with <|bos|> among them")
         return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
@@ -472,21 +479,29 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
 
 
 # %% Find the tokenizer tags=["shared"]
+def hub_tokenizer(repo_id):
+    """The local folder of a Hub repo's tokenizer, or None if the repo has none."""
+    try:
+        for name in ("tokenizer.tiktoken", "tokenizer.json"):
+            folder = hub_download(repo_id, f"tokenizer/{name}", repo_type="model").parent
+        return folder
+    except MissingFileError:
+        return None
+
+
 def find_tokenizer(config, first_shard):
     """The tokenizer of config.dataset: beside the shards, else from config.hf_repo_id, else trained on `first_shard`.
 
     InputError if it has more tokens than the model has rows for.
     """
-    beside = first_shard.parent / "tokenizer"
     source = config.dataset if config.dataset in HUB_SHARDS else str(first_shard.resolve().parent)
+    beside = first_shard.parent / "tokenizer"
     cached = cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
-    if beside.exists():
-        tokenizer = load_tokenizer(beside)
-    elif cached.exists():
-        tokenizer = load_tokenizer(cached)
-    elif config.hf_repo_id:
-        for name in ("tokenizer.tiktoken", "tokenizer.json"):
-            folder = hub_download(config.hf_repo_id, f"tokenizer/{name}", repo_type="model").parent
+    remote = hub_tokenizer(config.hf_repo_id) if config.hf_repo_id and not beside.exists() else None
+    folder = next(
+        (folder for folder in (beside, remote, cached) if folder and (folder / "tokenizer.json").exists()), None
+    )
+    if folder:
         tokenizer = load_tokenizer(folder)
     else:
         print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}")
@@ -519,16 +534,23 @@ def cache_dir():
     return Path.home() / ".cache" / "tpuchat"
 
 
+class MissingFileError(InputError):
+    """A Hub repo is there, and has no such file."""
+
+
 def hub_download(repo_id, filename, repo_type="dataset"):
     """The local path of a file of a Hub repo, downloaded once into huggingface_hub's cache. InputError if it fails."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError,
+    )  # fmt: skip
 
     try:
         return Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=get_secret("HF_TOKEN")))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        kind = MissingFileError if isinstance(error, RemoteEntryNotFoundError) else InputError
+        raise kind(
             f"cannot get {filename} of {repo_id} from the Hugging Face Hub: {reason}; check the name and the network, "
             "or train on dataset='embedded'"
         ) from error
@@ -621,7 +643,12 @@ def read_documents(path, start=0):
     for group in range(shard.num_row_groups):
         rows = shard.metadata.row_group(group).num_rows
         if row + rows > start:
-            texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            try:
+                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
+                ) from error
             for i in range(max(0, start - row), rows):
                 if not texts[i]:
                     raise InputError(
@@ -642,6 +669,7 @@ def read_documents(path, start=0):
 
 # %% Encode tags=["shared"]
 PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
+GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
 
 
 def encode_document(tokenizer, text):
@@ -681,36 +709,54 @@ class PrefetchDataLoader:
         self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
         self.thread.start()
 
-    def _documents(self, place, pool):
-        """Yields (place of the document, text), forever."""
+    def _documents(self, place, fetching):
+        """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
 
         def fetch(shard):
-            return pool.submit(lambda: check_shard(self.shards[shard]()))
+            return fetching.submit(lambda: check_shard(self.shards[shard]()))
 
         here = fetch(place.shard)
         while True:
             path = here.result()
+            if place.row and place.row >= pq.read_metadata(path).num_rows:
+                raise InputError(f"{path}: has no row {place.row}, where the run is to go on; was the shard changed?")
             following = (place.shard + 1) % len(self.shards)
             here = fetch(following)
             for row, text in read_documents(path, place.row):
                 yield place._replace(row=row, offset=0), text
+            yield None, ""
             place = Position(place.epoch + (following == 0), following)
 
-    def _encoded(self, start, pool):
-        """Yields (place of the first token, tokens of a document), encoded some documents ahead, in order."""
-        ahead = collections.deque()
-        for place, text in self._documents(start, pool):
-            ahead.append((place, pool.submit(encode_document, self.tokenizer, text)))
-            if len(ahead) > 8 * self.threads:
-                place, tokens = ahead.popleft()
-                skip = start.offset if place == start._replace(offset=0) else 0  # the document that a resumed run is in
-                yield place._replace(offset=skip), tokens.result()[skip:]
+    def _encoded(self, start, fetching, encoding):
+        """Yields (place of the first token, tokens of a document), in order, encoded some groups of documents ahead."""
 
-    def _batches(self, start, pool):
+        def encode(group):
+            return [(place, encode_document(self.tokenizer, text)) for place, text in group]
+
+        ahead, group, chars = collections.deque(), [], 0
+        for place, text in self._documents(start, fetching):
+            if place:
+                group.append((place, text))
+                chars += len(text)
+            if chars >= GROUP_CHARS or not place:
+                ahead.append(encoding.submit(encode, group))
+                group, chars = [], 0
+            # At the end of a shard nothing is held back: the next one may not be there yet.
+            while len(ahead) > (2 * self.threads if place else 0):
+                for first, tokens in ahead.popleft().result():
+                    # A resumed run starts within its first document.
+                    skip = start.offset if first == start._replace(offset=0) else 0
+                    if skip >= len(tokens):
+                        raise InputError(
+                            f"loader position {start}: the document has {len(tokens)} tokens; was it changed?"
+                        )
+                    yield first._replace(offset=skip), tokens[skip:]
+
+    def _batches(self, start, *pools):
         """Yields (tokens, targets, place of the token after them)."""
         n = math.prod(self.batch_shape)
         held, parts = 0, collections.deque()
-        for part in self._encoded(start, pool):
+        for part in self._encoded(start, *pools):
             parts.append(part)
             held += len(part[1])
             while held > n:  # enough for n inputs and the target of the last
@@ -730,21 +776,25 @@ class PrefetchDataLoader:
                 with contextlib.suppress(queue.Full):
                     return batches.put(item, timeout=0.1)
 
-        pool = concurrent.futures.ThreadPoolExecutor(self.threads + 1)  # one of them fetches shards
+        # Fetching has a thread of its own: a slow download takes none from encoding.
+        pools = [concurrent.futures.ThreadPoolExecutor(threads) for threads in (1, self.threads)]
         try:
-            for tokens, targets, after in self._batches(start, pool):
+            for tokens, targets, after in self._batches(start, *pools):
                 put((jax.device_put((tokens, targets)), after))
                 if stop.is_set():
                     break
         except BaseException as error:
             put((error, None))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def __iter__(self):
         return self
 
     def __next__(self):
+        if self.stop.is_set():
+            raise RuntimeError("the loader is closed")
         started = time.perf_counter()
         batch, position = self.queue.get()
         self.wait_seconds += time.perf_counter() - started
@@ -760,9 +810,9 @@ class PrefetchDataLoader:
 
     def load_state_dict(self, state):
         """Goes on from where state_dict was taken. InputError if that is not a place in these shards."""
-        position = Position(**state)
-        if min(position) < 0 or position.shard >= len(self.shards):
-            raise InputError(f"loader position {state}: there are {len(self.shards)} training shards")
+        position = Position(**state) if set(state) <= set(Position._fields) else None
+        if not position or min(position) < 0 or position.shard >= len(self.shards):
+            raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
         self.close()
         self._start(position)
 
@@ -803,13 +853,14 @@ class PrefetchDataLoader:
 def init_params(config, key):
     """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
 
-    | weight                   | shape               | initial value                                                 |
-    |--------------------------|---------------------|---------------------------------------------------------------|
-    | embed                    | [V, D]              | normal, std 1: the norm after it makes only directions matter |
-    | q, k, v, up              | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out     |
-    | o, down                  | [N, H, D], [F, D]   | zero: at step 0 every layer is the identity                   |
-    | lm_head                  | [D, V]              | normal, std 0.001: logits ≈ 0, loss ≈ ln V                    |
-    | resid_scale, x0_scale    | []                  | 1 and 0.1                                                     |
+    | weight                | shape                  | initial value                                            |
+    |-----------------------|------------------------|----------------------------------------------------------|
+    | embed                 | [V, D]                 | normal, std 0.1; a norm follows, so only its direction   |
+    |                       |                        | matters, and Adam turns a short row faster than a long   |
+    | q, k, v, up           | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out   |
+    | o, down               | [N, H, D], [F, D]      | zero: at step 0 every layer is the identity              |
+    | lm_head               | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V               |
+    | resid_scale, x0_scale | []                     | 1 and 0.1                                                |
     """
     V, D, N, K, H, F = config.vocab_size, config.n_embd, config.n_head, config.kv_heads, config.head_dim, config.mlp_dim
     keys = iter(jax.random.split(key, 2 + 4 * config.depth))
@@ -829,7 +880,7 @@ def init_params(config, key):
         }  # fmt: skip
 
     return {
-        "embed": normal(1.0, V, D),
+        "embed": normal(0.1, V, D),
         "lm_head": normal(0.001, D, V),
         "layers": [layer() for _ in range(config.depth)],
     }
@@ -1090,18 +1141,15 @@ def flops_per_token(config):
 
 # Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
 PEAK_FLOPS = {
-    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5": 459e12,  # plain v5 is v5p
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
 }  # fmt: skip
 
 
 def peak_flops(device_kind):
     """Peak FLOP/s of a chip, or None if it is not in the table: MFU is then n/a, not a guess."""
-    words = device_kind.replace("-", " ").split()
-    for name, peak in PEAK_FLOPS.items():
-        if name in device_kind if " " in name else any(word.startswith(name) for word in words):
-            return peak
-    return None
+    words = f" {device_kind.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
 # %% [markdown]

@@ -1,0 +1,175 @@
+"""The four implementations of `attention` against a float64 reference that is written out row by row.
+
+The kernels run in interpret mode, at T = 256 in tiles of 128: two tiles, so that a whole tile can be skipped.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+T, N = 256, 4
+FULL = T
+IMPLS = ("einsum", "jax", "splash", "pallas")
+
+
+def reference(q, k, v, cotangent, window):
+    """(out, dq, dk, dv) in float64, one query at a time: no mask, no batching, only the definition."""
+    q, k, v, cotangent = (np.asarray(x, np.float64) for x in (q, k, v, cotangent))
+    out, dq, dk, dv = (np.zeros_like(x) for x in (q, q, k, v))
+    scale = 1 / np.sqrt(q.shape[-1])
+    for b, n, t in np.ndindex(*q.shape[:3]):
+        head = n // (q.shape[1] // k.shape[1])
+        seen = slice(max(0, t - window), t + 1)
+        keys, values = k[b, head, seen], v[b, head, seen]
+        scores = keys @ q[b, n, t] * scale
+        probs = np.exp(scores - scores.max())
+        probs /= probs.sum()
+        out[b, n, t] = probs @ values
+        dprobs = values @ cotangent[b, n, t]
+        dscores = probs * (dprobs - probs @ dprobs) * scale
+        dq[b, n, t] = dscores @ keys
+        dk[b, head, seen] += np.outer(dscores, q[b, n, t])
+        dv[b, head, seen] += np.outer(probs, cotangent[b, n, t])
+    return out, dq, dk, dv
+
+
+def inputs(K=2, H=128, B=2, dtype=jnp.float32, norm=1.0, seq_len=T):
+    """q, k, v and a cotangent; the entries of q and k have standard deviation `norm`, the scores norm²."""
+    rng = np.random.default_rng(K * H)
+    draw = [rng.normal(size=(B, heads, seq_len, H)) for heads in (N, K, K, N)]
+    return [jnp.asarray(x * s, dtype) for x, s in zip(draw, (norm, norm, 1, 1), strict=True)]
+
+
+def out_and_gradients(nb, impl, window, *arrays, block_size=128):
+    @jax.jit
+    def run(q, k, v, cotangent):
+        call = functools.partial(nb.attention, window=window, impl=impl, block_size=block_size)
+        out, vjp = jax.vjp(call, q, k, v)
+        return out, *vjp(cotangent)
+
+    return run(*arrays)
+
+
+def check(nb, impl, window, arrays, tolerance):
+    """Forward and the three gradients, each within `tolerance` of its largest entry."""
+    have, want = out_and_gradients(nb, impl, window, *arrays), reference(*arrays, window)
+    for name, x, y, like in zip(("out", "dq", "dk", "dv"), have, want, (arrays[0], *arrays[:3]), strict=True):
+        assert x.shape == like.shape and x.dtype == like.dtype, name
+        error = np.abs(np.asarray(x, np.float64) - y).max() / max(np.abs(y).max(), 1)
+        assert error < tolerance, (name, error)
+
+
+CASES = [(impl, window, 2) for impl in IMPLS for window in (FULL, T // 2, 100, 1, 0) if impl != "pallas"]
+CASES += [(impl, 100, 4) for impl in IMPLS if impl != "pallas"] + [("pallas", FULL, 2)]
+
+
+@pytest.mark.parametrize(("impl", "window", "K"), CASES)
+def test_float32_parity(nb, impl, window, K):
+    """Forward and gradients, for every window and grouping. Scores have standard deviation 9, so that a wrong scale,
+    or one applied twice, is an error of order one. Such a score is a sum of 128 terms and up to 40, rounded at 6e-8:
+    it is off by some 3e-6, and so, relatively, is its probability. The worst seen is 6e-6."""
+    check(nb, impl, window, inputs(K, norm=3.0), tolerance=1.2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_kv_head_of_64(nb, impl):
+    """K = 1, and a head dim that is half of a TPU's lane width."""
+    window = FULL if impl == "pallas" else 100
+    check(nb, impl, window, inputs(K=1, H=64, B=1, norm=3.0), tolerance=1.2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bfloat16_parity(nb, impl):
+    """With bfloat16 inputs the error is that of rounding a few numbers on the way (probabilities, the scaled queries
+    of splash, the result) to 8 bits, 2⁻⁹ each: the sums are kept in float32. Not all of them by XLA on a CPU, though:
+    the gradient of v as einsum and jax write it becomes a loop that adds up 256 terms in bfloat16."""
+    window = FULL if impl == "pallas" else 100
+    tolerance = 2**-7 if impl in ("splash", "pallas") else 2**-5
+    check(nb, impl, window, inputs(B=1, dtype=jnp.bfloat16), tolerance)
+
+
+PROBES = [(impl, window) for impl in IMPLS for window in (FULL, 100, 0) if impl != "pallas" or window == FULL]
+
+
+@pytest.mark.parametrize(("impl", "window"), PROBES)
+def test_probe(nb, impl, window):
+    """Changing the key and value at s changes the queries s … s + window, and not one bit of any other: nothing sees
+    the future, and the window is not one too long or too short. Changing the query at t changes only the output t."""
+    places, t = np.array([0, 100, 127, 128, T - 1]), np.arange(T)
+    here = jnp.asarray((places[:, None] == t)[:, None, :, None])  # [B, 1, T, 1], another place in each sequence
+    q, k, v = (jnp.broadcast_to(x, here.shape[:1] + x.shape[1:]) for x in inputs(K=4, B=1)[:3])
+    q, k, v = (x[:, :1] for x in (q, k, v))
+    run = jax.jit(functools.partial(nb.attention, window=window, impl=impl, block_size=128))
+
+    def changed(q2, k2, v2):
+        return np.asarray(run(q2, k2, v2) != base).any((1, 3))
+
+    base = run(q, k, v)
+    seen_by = (places[:, None] <= t) & (t <= places[:, None] + window)
+    np.testing.assert_array_equal(changed(q, jnp.where(here, -k, k), jnp.where(here, v + 100, v)), seen_by)
+    itself = (places[:, None] == t) & (t > 0) & (window > 0)  # of a single key the softmax is 1, whatever the query
+    np.testing.assert_array_equal(changed(jnp.where(here, q + 1, q), k, v), itself)
+
+
+def test_auto_is_einsum_on_a_cpu(nb):
+    for window in (FULL, 100):
+        arrays = inputs(B=1, norm=3.0)
+        auto = out_and_gradients(nb, "auto", window, *arrays)
+        einsum = out_and_gradients(nb, "einsum", window, *arrays)
+        jax_nn = out_and_gradients(nb, "jax", window, *arrays)
+        assert all(map(np.array_equal, auto, einsum))
+        assert not all(map(np.array_equal, auto, jax_nn))  # so the line above tells them apart
+
+
+def test_auto_takes_sizes_that_the_kernels_cannot_tile(nb):
+    q, k, v, _ = inputs(seq_len=100)
+    auto, einsum = (nb.attention(q, k, v, window=30, impl=impl, block_size=128) for impl in ("auto", "einsum"))
+    np.testing.assert_allclose(auto, einsum, atol=1e-6)
+
+
+def test_pallas_refuses_a_short_window(nb):
+    """The kernel would silently attend to the whole context. The message says what to set instead."""
+    q, k, v, _ = inputs()
+    with pytest.raises(nb.InputError, match=r"window=100: .*causal only.*256.*splash"):
+        nb.attention(q, k, v, window=100, impl="pallas", block_size=128)
+    with pytest.raises(nb.InputError, match=r"attn_impl='pallas': .*window_pattern='SSSL'.*window_pattern='L'.*splash"):
+        nb.Config(attn_impl="pallas")
+    assert nb.Config(attn_impl="pallas", window_pattern="L").windows == [2048] * 16
+
+
+@pytest.mark.parametrize("impl", ["splash", "pallas"])
+@pytest.mark.parametrize(("seq_len", "block"), [(100, 128), (256, 100), (384, 256), (256, 64)])
+def test_kernels_refuse_sizes_that_do_not_tile(nb, impl, seq_len, block):
+    """By the Config field, its value and the rule, both in a call and in a Config."""
+    q, k, v, _ = inputs(seq_len=seq_len)
+    message = r"seq_len=100: .*multiple of 128" if seq_len == 100 else rf"splash_block_size={block}: .*{seq_len}"
+    with pytest.raises(nb.InputError, match=message):
+        nb.attention(q, k, v, window=seq_len, impl=impl, block_size=block)
+    with pytest.raises(nb.InputError, match=message):
+        nb.Config(attn_impl=impl, seq_len=seq_len, splash_block_size=block, window_pattern="L")
+
+
+def test_a_block_larger_than_the_sequence_is_cut_to_it(nb):
+    arrays = inputs(B=1)
+    large, exact = (out_and_gradients(nb, "splash", 100, *arrays, block_size=block) for block in (1024, T))
+    assert all(map(np.array_equal, large, exact))
+
+
+@pytest.mark.parametrize("seq_len", [T, 100])
+def test_unknown_implementation(nb, seq_len):
+    q, k, v, _ = inputs(seq_len=seq_len)
+    with pytest.raises(nb.InputError, match=r"impl='flash': must be .*splash"):
+        nb.attention(q, k, v, window=seq_len, impl="flash", block_size=128)
+    with pytest.raises(nb.InputError, match=r"attn_impl='flash': must be one of .*splash"):
+        nb.Config(attn_impl="flash")
+
+
+def test_heads_that_do_not_divide(nb):
+    q, k, v, _ = inputs(K=3)
+    with pytest.raises(nb.InputError, match=r"k\.shape\[1\]=3: must divide the 4 query heads"):
+        nb.attention(q, k, v, window=FULL, impl="einsum")
+    with pytest.raises(nb.InputError, match=r"n_kv_head=3: must divide n_head=8"):
+        nb.Config(n_kv_head=3)

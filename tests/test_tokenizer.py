@@ -1,0 +1,373 @@
+"""The tokenizer keeps every byte, its files are exact, and it is found where the Config says."""
+
+import base64
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.hub_server import HubServer
+
+FILES = ("tokenizer.tiktoken", "tokenizer.json")
+FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
+
+
+@pytest.fixture(scope="module")
+def folder(root):
+    """The embedded tokenizer."""
+    return root / "data" / "embedded" / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(nb, folder):
+    return nb.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def validation(nb):
+    """The documents of the embedded validation shard."""
+    return [text for _, text in nb.read_documents(nb.list_shards(nb.Config.demo())[1]())]
+
+
+@pytest.fixture
+def home(nb, tmp_path, monkeypatch):
+    """Nothing is found in, or written to, the cache of whoever runs the tests."""
+    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def same_files(a, b):
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def texts_of_all_kinds(nb):
+    """Source code, odd white space, and a seeded sample of each of Unicode's planes."""
+    rng = random.Random(0)
+    planes = [
+        "".join(chr(c) for c in rng.sample(range(plane << 16, (plane + 1) << 16), 2000) if not 0xD800 <= c < 0xE000)
+        for plane in range(17)
+    ]
+    with open(nb.__file__, encoding="utf-8") as file:
+        code = file.read()
+    return [code, code.replace("\n", "\r\n"), "\0\t \n\n  \r\n x ", "1234567 3.14", "don't DON'T I'LL", "", *planes]
+
+
+# ---- the round trip
+
+
+def test_text_survives(nb, tokenizer, validation):
+    for text in [*validation, *texts_of_all_kinds(nb)]:
+        bos, *tokens = nb.encode_document(tokenizer, text).tolist()
+        assert tokenizer.decode(tokens, errors="strict") == text
+        assert bos == tokenizer.encode_single_token("<|bos|>") not in tokens
+
+
+def test_token_bytes_sum_to_the_length_of_the_text(nb, tokenizer, validation):
+    """BOS stands for none: bits per byte divide by this sum."""
+    lengths = nb.token_bytes(tokenizer)
+    assert lengths.shape == (tokenizer.n_vocab,) and lengths.dtype == np.int32
+    for text in [*validation, *texts_of_all_kinds(nb)]:
+        assert lengths[nb.encode_document(tokenizer, text)].sum() == len(text.encode())
+    assert (lengths[:-9] > 0).all() and not lengths[-9:].any()
+    tokenizer = nb.train_tokenizer(["日本語の文 🙂🙂 naïve"] * 9, 275)  # with merges of parts of characters
+    lengths = nb.token_bytes(tokenizer)
+    assert lengths[nb.encode_document(tokenizer, "日本🙂")].sum() == 10 and lengths.max() > 2
+
+
+def test_every_byte_is_a_token(tokenizer):
+    """So that what a model samples can always be decoded, also where it is not UTF-8."""
+    data = random.Random(0).randbytes(10_000) + bytes(range(256))
+    tokens = [tokenizer.encode_single_token(data[i : i + 1]) for i in range(len(data))]
+    assert tokenizer.decode_bytes(tokens) == data and max(tokens) < 256
+
+
+def test_special_tokens_have_the_last_ids(nb, tokenizer):
+    assert len(nb.SPECIAL_TOKENS) == 9 and nb.SPECIAL_TOKENS[0] == "<|bos|>"
+    ids = [tokenizer.encode_single_token(token) for token in nb.SPECIAL_TOKENS]
+    assert ids == list(range(tokenizer.n_vocab - 9, tokenizer.n_vocab))
+
+
+# ---- the files
+
+
+def test_save_and_load(nb, tokenizer, folder, validation, tmp_path):
+    """The same ids, and the same bytes on the disk, however often."""
+    nb.save_tokenizer(tokenizer, tmp_path / "new" / "one")
+    assert same_files(folder, tmp_path / "new" / "one")
+    again = nb.load_tokenizer(tmp_path / "new" / "one")
+    nb.save_tokenizer(again, tmp_path / "two")
+    assert same_files(folder, tmp_path / "two")
+    assert again._special_tokens == tokenizer._special_tokens
+    for text in [*validation[:3], *texts_of_all_kinds(nb)]:
+        assert again.encode(text, disallowed_special=()) == tokenizer.encode(text, disallowed_special=())
+
+
+def test_the_files_are_text(folder):
+    """tiktoken's own format, and JSON: nothing is pickled."""
+    ranks = [line.split(" ") for line in (folder / "tokenizer.tiktoken").read_text("ascii").splitlines()]
+    assert [int(rank) for _, rank in ranks] == list(range(4096 - 9))
+    assert base64.b64decode(ranks[0][0]) == b"\0" and len({token for token, _ in ranks}) == len(ranks)
+    assert set(json.loads((folder / "tokenizer.json").read_text("ascii"))) == {"pattern", "special_tokens"}
+
+
+def edit(name, change):
+    def damage(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return damage
+
+
+DAMAGED = {
+    "bad base64": edit(FILES[0], lambda text: text.replace("AA== 0", "AA*== 0", 1)),
+    "missing rank": edit(FILES[0], lambda text: text.replace("\n", "\n#", 1).split("#")[0] + text.split("\n", 2)[2]),
+    "missing last byte": edit(FILES[0], lambda text: text.replace("/w== 255\n", "AAAA 255\n", 1)),
+    "duplicate rank": edit(FILES[0], lambda text: text.replace(" 300\n", " 301\n", 1)),
+    "duplicate token": edit(FILES[0], lambda text: text.replace("AQ== 1\n", "AA== 1\n", 1)),
+    "no rank": edit(FILES[0], lambda text: text.replace(" 300\n", "\n", 1)),
+    "rank is a word": edit(FILES[0], lambda text: text.replace(" 300\n", " many\n", 1)),
+    "empty": edit(FILES[0], lambda text: ""),
+    "truncated": edit(FILES[0], lambda text: text[:-3]),
+    "binary": lambda folder: (folder / FILES[0]).write_bytes(b"\x80\x04\xff"),
+    "no bos": edit(FILES[1], lambda text: text.replace("<|bos|>", "<|start|>")),
+    "a special token twice": edit(FILES[1], lambda text: text.replace("<|user_end|>", "<|user_start|>")),
+    "no pattern": edit(FILES[1], lambda text: text.replace('"pattern"', '"patern"')),
+    "bad pattern": edit(FILES[1], lambda text: json.dumps(json.loads(text) | {"pattern": "(["})),
+    "broken JSON": edit(FILES[1], lambda text: text[:-4]),
+    "JSON of something else": edit(FILES[1], lambda text: "[1, 2]"),
+    "no tiktoken file": lambda folder: (folder / FILES[0]).unlink(),
+    "no JSON file": lambda folder: (folder / FILES[1]).unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_tokenizer_is_a_clear_error(nb, folder, tmp_path, damage):
+    """A wrong tokenizer that loads would be worse: the run would be about other text."""
+    copy = shutil.copytree(folder, tmp_path / "tokenizer")
+    nb.load_tokenizer(copy)
+    before = [(copy / name).read_bytes() for name in FILES]
+    damage(copy)
+    assert before != [(copy / name).read_bytes() for name in FILES if (copy / name).exists()]
+    with pytest.raises(nb.InputError) as error:
+        nb.load_tokenizer(copy)
+    assert str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- training
+
+
+def test_the_embedded_tokenizer_is_that_of_the_training_shards(nb, folder, tokenizer, tmp_path):
+    """4,096 tokens, and training anew gives the same bytes: on any machine, with any number of threads."""
+    assert tokenizer.n_vocab == 4096 == nb.Config.demo().vocab_size
+    shards, _ = nb.list_shards(nb.Config.demo())
+    texts = (text for fetch in shards for _, text in nb.read_documents(fetch()))
+    nb.save_tokenizer(nb.train_tokenizer(texts, 4096), tmp_path)
+    assert same_files(folder, tmp_path)
+
+
+def test_training_agrees_with_hugging_face(nb, validation):
+    """Token for token with `tokenizers`, another implementation of BPE, on the same pieces.
+
+    The agreement has to be exact, in the order too: a token's id is its place in this order. Many pairs are equally
+    frequent, and both take the one with the smaller ids. For the ids to compare alike the text is ASCII: Hugging Face's
+    alphabet, the characters of the text in order, is then in the order of the bytes.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    texts = [text for text in validation if text.isascii()][:4]
+    alphabet = len(set("".join(texts)))
+    oracle = Tokenizer(models.BPE())
+    oracle.pre_tokenizer = pre_tokenizers.Split(Regex(nb.SPLIT_PATTERN), "isolated")
+    oracle.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=alphabet + 800, show_progress=False))
+    want = [token.encode() for token, i in sorted(oracle.get_vocab().items(), key=lambda x: x[1]) if i >= alphabet]
+
+    ranks = nb.train_tokenizer(texts, 256 + 800 + 9, doc_chars=10**9)._mergeable_ranks
+    assert [ranks[bytes([b])] for b in range(256)] == list(range(256))
+    assert sorted(ranks, key=ranks.get)[256:] == want and len(want) == 800
+
+
+def test_how_much_text_is_read(nb):
+    """doc_chars of each document, max_chars of all; then the stream is left alone, however long it is."""
+    read = []
+
+    def endless():
+        while len(read) < 100:  # as good as endless, and a failure ends
+            read.append(1)
+            yield "ab" * 3 + "cd" * 100
+
+    ranks = nb.train_tokenizer(endless(), 256 + 1 + 9, max_chars=50, doc_chars=6)._mergeable_ranks
+    assert len(read) == 9  # 8 documents of 6 characters, and 2 characters of the next
+    assert b"ab" in ranks and b"cd" not in ranks
+
+
+def test_training_refuses(nb):
+    for vocab_size in (1, 264):
+        with pytest.raises(nb.InputError, match=f"vocab_size={vocab_size}: must be at least 265"):
+            nb.train_tokenizer(["text"], vocab_size)
+    assert nb.train_tokenizer(["text"], 265).n_vocab == 265
+    for texts in (["too little text"], []):
+        with pytest.raises(nb.InputError, match="vocab_size=4096: this text yields only 2.. tokens; give more text"):
+            nb.train_tokenizer(texts, 4096)
+
+
+# ---- where it is found
+
+
+def shard(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    text = " ".join("".join(rng.choices("abcdefgh", k=rng.randint(1, 5))) for _ in range(2000))
+    pq.write_table(pa.table({"text": [text]}), path)
+    return path
+
+
+def test_a_tokenizer_beside_the_shards_comes_first(nb, folder, tmp_path, home):
+    first = shard(tmp_path / "corpus" / "a.parquet")
+    shutil.copytree(folder, tmp_path / "corpus" / "tokenizer")
+    config = nb.Config.demo().replace(dataset=str(first.parent), hf_repo_id="me/none")
+    assert nb.find_tokenizer(config, first).n_vocab == 4096 and not home.exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(nb, folder, home):
+    config = nb.Config.demo().replace(vocab_size=4095)
+    with pytest.raises(nb.InputError, match="vocab_size=4095: .*embedded has 4096 tokens; set vocab_size"):
+        nb.find_tokenizer(config, folder.parent / "shard_00000.parquet")
+    assert nb.find_tokenizer(config.replace(vocab_size=5000), folder.parent / "shard_00000.parquet").n_vocab == 4096
+
+
+def test_a_tokenizer_is_trained_once(nb, tmp_path, home, capsys):
+    """On the first shard, for this size of vocabulary, and kept."""
+    first = shard(tmp_path / "corpus" / "a.parquet")
+    config = nb.Config.demo().replace(dataset=str(first.parent), vocab_size=300)
+    one = nb.find_tokenizer(config, first)
+    assert one.n_vocab == 300 and "training a tokenizer of 300 tokens on a.parquet" in capsys.readouterr().out
+    two = nb.find_tokenizer(config, first)
+    assert two._mergeable_ranks == one._mergeable_ranks and not capsys.readouterr().out
+    assert nb.find_tokenizer(config.replace(vocab_size=310), first).n_vocab == 310
+    assert "training" in capsys.readouterr().out
+    assert not (first.parent / "tokenizer").exists()
+
+
+def test_a_tokenizer_is_not_that_of_another_folder(nb, tmp_path, home, monkeypatch):
+    """Two projects, each with a folder `corpus`: a relative name is not the name of a corpus."""
+    ranks = []
+    for seed, project in enumerate(("one", "two")):
+        first = shard(tmp_path / project / "corpus" / "a.parquet", seed)
+        monkeypatch.chdir(tmp_path / project)
+        config = nb.Config.demo().replace(dataset="corpus", vocab_size=300)
+        ranks.append(nb.find_tokenizer(config, first.relative_to(tmp_path / project))._mergeable_ranks)
+    assert ranks[0] != ranks[1]
+
+
+def test_an_interrupted_save_is_not_taken_for_a_tokenizer(nb, tmp_path, home, monkeypatch):
+    """Colab may end at any time: what is half written must not stop the next run."""
+    first = shard(tmp_path / "corpus" / "a.parquet")
+    config = nb.Config.demo().replace(dataset=str(first.parent), vocab_size=300)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nb.json, "dumps", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        nb.find_tokenizer(config, first)
+    assert nb.find_tokenizer(config, first).n_vocab == 300
+
+
+# ---- the Hub
+
+PROLOGUE = """
+import json, sys
+from tools.notebooks import load
+
+nb, answers = load(sys.argv[1]), {}
+config = nb.Config.demo().replace(dataset="karpathy/fineweb-edu-100b-shuffle", num_shards=1, vocab_size=300)
+(first, *_), validation = nb.list_shards(config)
+
+def message(call):
+    try:
+        return f"no error, but {call()}"
+    except nb.InputError as error:
+        return str(error)
+"""
+
+
+def in_a_process_of_its_own(root, env, code):
+    """What `code` puts into `answers`, and the lines that it prints before."""
+    code = f"{PROLOGUE}\n{code}\nprint(json.dumps(answers))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root / "02_train.py")],
+        cwd=root, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *printed, answers = done.stdout.splitlines()
+    return json.loads(answers), printed
+
+
+@pytest.fixture
+def hub(tmp_path, folder):
+    """A Hub with the first and the last shard of FineWeb-Edu, and two repos of a user, one of them with a tokenizer."""
+    shards = {f"shard_{i:05d}.parquet": shard(tmp_path / "hub" / f"{i}.parquet", i).read_bytes() for i in (0, 1822)}
+    files = {f"/datasets/{FINEWEB}/resolve/main/{name}": data for name, data in shards.items()}
+    files |= {f"/me/mine/resolve/main/tokenizer/{name}": (folder / name).read_bytes() for name in FILES}
+    files["/me/other/resolve/main/README.md"] = b"no tokenizer here"
+    with HubServer(files) as server:
+        yield server
+
+
+def test_hub_shards(root, hub, tmp_path):
+    """What is asked for is downloaded, and once; a tokenizer is trained on the first shard, and once; what is not there
+    is an error that names it."""
+    code = """
+answers["names"] = [nb.check_shard(fetch()).name for fetch in (first, validation, first)]
+answers["sizes"] = [nb.find_tokenizer(config, first()).n_vocab for _ in range(2)]
+(_, second), _ = nb.list_shards(config.replace(num_shards=2))
+answers["missing shard"] = message(second)
+answers["no such repo"] = message(lambda: nb.hub_download("me/none", "shard_00000.parquet"))
+answers["no repo name"] = message(lambda: nb.hub_download("not a repo", "shard_00000.parquet"))
+"""
+    answers, printed = in_a_process_of_its_own(root, hub.environment(tmp_path), code)
+    assert answers["names"] == ["shard_00000.parquet", "shard_01822.parquet", "shard_00000.parquet"]
+    got = [path.split("/")[-1] for method, path in hub.requests if method == "GET" and path in hub.files]
+    assert got == answers["names"][:2]
+    assert answers["sizes"] == [300, 300]
+    training = [line for line in printed if "training" in line]
+    assert training == ["training a tokenizer of 300 tokens on shard_00000.parquet"]
+    for case, words in {
+        "missing shard": ["shard_00001.parquet", FINEWEB, "404"],
+        "no such repo": ["shard_00000.parquet", "me/none"],
+        "no repo name": ["shard_00000.parquet", "not a repo"],
+    }.items():
+        said = answers[case]
+        assert said.startswith("cannot get") and all(word in said for word in words) and "\n" not in said, said
+
+
+def test_hub_tokenizer(root, hub, folder, tmp_path):
+    """The user's Hub repo comes before training, and before what an earlier run had trained. A repo without a tokenizer
+    is no obstacle; a repo that is not there is a mistake."""
+    code = """
+mine = config.replace(vocab_size=4096, hf_repo_id="me/mine")
+nb.save_tokenizer(nb.find_tokenizer(mine, first()), nb.Path.home() / "found")
+answers["small"] = message(lambda: nb.find_tokenizer(mine.replace(vocab_size=300), first()))
+nb.find_tokenizer(config, first())
+answers["after training"] = message(lambda: nb.find_tokenizer(mine.replace(vocab_size=300), first()))
+answers["wrong name"] = message(lambda: nb.find_tokenizer(config.replace(hf_repo_id="me/none"), first()))
+answers["other"] = nb.find_tokenizer(config.replace(hf_repo_id="me/other", vocab_size=310), first()).n_vocab
+"""
+    answers, _ = in_a_process_of_its_own(root, hub.environment(tmp_path), code)
+    assert same_files(folder, tmp_path / "found")
+    assert "vocab_size=300" in answers["small"] and "4096 tokens" in answers["small"]
+    assert answers["after training"] == answers["small"]
+    assert "cannot get" in answers["wrong name"] and "me/none" in answers["wrong name"]
+    assert answers["other"] == 310
+
+
+def test_hub_offline(root, hub, tmp_path):
+    """What was downloaded serves without the Hub; what was not is an error that says so."""
+    env = hub.environment(tmp_path)
+    in_a_process_of_its_own(root, env, "first()")
+    seen = len(hub.requests)
+    code = "answers['there'] = first().name; answers['not there'] = message(validation)"
+    answers, _ = in_a_process_of_its_own(root, env | {"HF_HUB_OFFLINE": "1"}, code)
+    assert answers["there"] == "shard_00000.parquet" and len(hub.requests) == seen
+    assert "cannot get shard_01822.parquet" in answers["not there"] and "network" in answers["not there"]

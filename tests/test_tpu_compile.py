@@ -1,0 +1,122 @@
+"""The whole train step compiled for a TPU that is not there, by the TPU's own compiler, on a host that is a CPU.
+
+A kernel that does not fit its chip, an implementation that cannot be lowered for it, a donation that its layouts defeat
+and a promoted matmul show here, before a chip is paid for. The model is as small as the kernels' tiles allow.
+"""
+
+import functools
+import importlib.util
+import platform
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(
+        platform.system() != "Linux" or platform.machine() != "x86_64",
+        reason=f"libtpu is for Linux on x86_64, not {platform.system()} on {platform.machine()}",
+    ),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+
+T = 256  # no other dimension is as long, so two of them in one shape are attention scores
+LINE_PADDING = 512  # bytes that a TPU sets aside for a scalar
+
+
+def small_config(nb, impl, accumulate=1):
+    """Two layers, S and L, of 3 query heads that share one key/value head; two tiles in a sequence."""
+    return nb.Config(
+        n_head=3, n_kv_head=1, head_dim=128, aspect_ratio=192, vocab_size=512, seq_len=T, splash_block_size=128,
+        window_pattern="L" if impl == "pallas" else "SL", attn_impl=impl, device_batch_size=2,
+        total_batch_size=accumulate * 2 * T,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compile_step(nb):
+    """(chip, impl, accumulate) -> (abstract state, tokens, compiled train step); each is compiled once."""
+    from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
+
+    @functools.cache
+    def compile_for(chip, impl, accumulate):
+        topology = topologies.get_topology_desc(topology_name=f"{chip}:1x1", platform="tpu")
+        place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        config = small_config(nb, impl, accumulate)
+        tokens = jax.ShapeDtypeStruct((accumulate * 2, T), jnp.int32)
+        abstract = jax.eval_shape(lambda: nb.init_train_state(config)), tokens, tokens
+        args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+        return *abstract[:2], nb.train_step.lower(config, *args).compile()
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # read when libtpu is loaded: others may use it as well
+        environment.setenv("TPU_SKIP_MDS_QUERY", "1")  # nobody is asked over the network what chip this is
+        cached = jax.config.jax_enable_compilation_cache  # it writes a topology's programs, but cannot read them
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # or it remembers that it was on
+        yield compile_for
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
+
+
+PROGRAMS = [("v6e", impl, 1) for impl in ("auto", "einsum", "jax", "splash", "pallas")] + [("v5e", "auto", 2)]
+
+
+@pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)
+def test_attention_is_the_kernel_asked_for(compile_step, chip, impl, accumulate):
+    """`auto` is splash, as the chip compiled for decides, not the host. Two layers have three kernels each: forward,
+    dq, dkv."""
+    *_, compiled = compile_step(chip, impl, accumulate)
+    calls = re.findall(r"^ *(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", compiled.as_text(), re.M)
+    kernel = {"auto": "splash_mha", "splash": "splash_mha", "pallas": "flash"}.get(impl)
+    assert len(calls) == (6 if kernel else 0), calls
+    assert all(kernel in name for name in calls), calls
+
+
+@pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)
+def test_the_whole_state_is_donated(compile_step, chip, impl, accumulate):
+    """Every array of it: the new state takes the bytes of the old one, and the only other arguments are the tokens."""
+    state, tokens, compiled = compile_step(chip, impl, accumulate)
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    memory = compiled.memory_analysis()
+    assert len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", compiled.as_text().split("\n")[0])) == len(sizes)
+    assert memory.alias_size_in_bytes == sum(max(size, LINE_PADDING) for size in sizes)
+    assert memory.argument_size_in_bytes == memory.alias_size_in_bytes + 2 * tokens.size * 4
+    assert memory.peak_memory_in_bytes > memory.argument_size_in_bytes
+
+
+def matmuls(text):
+    """[(scope, [shape of the result and of both operands, as 'bf16[2,256]'])] of an HLO text; a TPU's matmuls are
+    convolutions."""
+    shapes = dict(re.findall(r"^ *(?:ROOT )?%(\S+) = (\w+\[[\d,]*\])", text, re.M))
+    found = []
+    for line in text.split("\n"):
+        if match := re.search(r"%(\S+) = \S+ (?:convolution|dot)\(([^)]*)\)", line):
+            operands = re.findall(r"%([^\s,]+)", match[2])
+            scope = re.search(r'op_name="([^"]*)"', line)
+            found.append((scope[1] if scope else "", [shapes[name] for name in (match[1], *operands)]))
+    return found
+
+
+@pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)
+def test_no_matmul_of_the_layers_is_promoted(compile_step, chip, impl, accumulate):
+    """All operands are bfloat16. The head's are not looked at, nor those of attention scores, which are float32 where
+    XLA computes them. A layer has 6 matmuls, with 12 in the backward pass; some may be done twice or be merged."""
+    *_, compiled = compile_step(chip, impl, accumulate)
+    found = matmuls(compiled.as_text())
+    assert len([scope for scope, _ in found if "lm_head" in scope]) == 3  # so scopes are to be had
+    layers = [
+        (scope, shapes)
+        for scope, shapes in found
+        if "lm_head" not in scope and not any(shape.split("[")[1][:-1].split(",").count(str(T)) > 1 for shape in shapes)
+    ]
+    assert len(layers) >= 30
+    assert not [(scope, shapes) for scope, shapes in layers if not all(x.startswith("bf16") for x in shapes[1:])]
+
+
+def test_the_host_stays_a_cpu(compile_step):
+    compile_step("v6e", "auto", 1)
+    assert jax.default_backend() == "cpu" and float(jnp.sum(jnp.asarray(np.ones(3)))) == 3

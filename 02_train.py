@@ -63,6 +63,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -92,6 +93,13 @@ from tqdm import tqdm
 # %% Environment tags=["shared"]
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
+
+# XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
+# which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(option, value)
 
 # Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
 if jax.config.jax_compilation_cache_dir is None:
@@ -148,7 +156,7 @@ def check_types(config):
             f"must be of type {field.type.__name__}, not {type(value).__name__}",
         )  # fmt: skip
         if field.type is float:
-            require(math.isfinite(value), field.name, value, "must be a finite number")
+            require(abs(value) <= sys.float_info.max, field.name, value, "must be a finite number")  # NaN fails, too
             object.__setattr__(config, field.name, float(value))
 
 
@@ -189,7 +197,7 @@ class Config:
 
     # Free: the host
     dataset: str = free("karpathy/fineweb-edu-100b-shuffle")  # 'embedded', a folder of parquet shards, or a Hub id
-    num_shards: int = free(50)  # training shards to use, from the first; -1 = all
+    num_shards: int = free(50)  # use at most so many training shards, from the first; -1 = all
     hf_repo_id: str = free("")  # your own Hub repo, where a tokenizer may wait
     run_dir: str = free("runs/train")
     resume: str = free("auto")  # auto = go on with an unfinished run in run_dir; never = always a new folder
@@ -597,8 +605,6 @@ def list_shards(config):
             "the last one for validation"
         )
     *train, validation = fetchers
-    rule = f"{config.dataset} has {len(train)} training shards; -1 takes all"
-    require(config.num_shards <= len(train), "num_shards", config.num_shards, rule)
     return train[: None if config.num_shards == -1 else config.num_shards], validation
 
 
@@ -629,8 +635,9 @@ def check_shard(path):
         raise InputError(f"{path}: its `text` column holds {kind}, not strings")
     if shard.metadata.num_rows == 0:
         raise InputError(f"{path}: holds no documents")
-    chunks = [shard.metadata.row_group(g).column(columns.index("text")) for g in range(shard.num_row_groups)]
-    statistics = [chunk.statistics for chunk in chunks if chunk.statistics]
+    groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
     if any(s.null_count or (s.has_min_max and s.min == "") for s in statistics):
         for _ in read_documents(path):  # raises at the row in question
             pass
@@ -689,6 +696,20 @@ class Position(NamedTuple):
     offset: int = 0
 
 
+def in_background(function):
+    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fetch", daemon=True).start()
+    return future
+
+
 class PrefetchDataLoader:
     """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the device, from background threads.
 
@@ -709,14 +730,18 @@ class PrefetchDataLoader:
         self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
         self.thread.start()
 
-    def _documents(self, place, fetching):
+    def _documents(self, place, stop):
         """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
 
         def fetch(shard):
-            return fetching.submit(lambda: check_shard(self.shards[shard]()))
+            return in_background(lambda: check_shard(self.shards[shard]()))
 
         here = fetch(place.shard)
         while True:
+            while not here.done():
+                concurrent.futures.wait([here], timeout=0.1)
+                if stop.is_set():
+                    return
             path = here.result()
             if place.row and place.row >= pq.read_metadata(path).num_rows:
                 raise InputError(f"{path}: has no row {place.row}, where the run is to go on; was the shard changed?")
@@ -727,19 +752,19 @@ class PrefetchDataLoader:
             yield None, ""
             place = Position(place.epoch + (following == 0), following)
 
-    def _encoded(self, start, fetching, encoding):
+    def _encoded(self, start, pool, stop):
         """Yields (place of the first token, tokens of a document), in order, encoded some groups of documents ahead."""
 
         def encode(group):
             return [(place, encode_document(self.tokenizer, text)) for place, text in group]
 
         ahead, group, chars = collections.deque(), [], 0
-        for place, text in self._documents(start, fetching):
+        for place, text in self._documents(start, stop):
             if place:
                 group.append((place, text))
                 chars += len(text)
             if chars >= GROUP_CHARS or not place:
-                ahead.append(encoding.submit(encode, group))
+                ahead.append(pool.submit(encode, group))
                 group, chars = [], 0
             # At the end of a shard nothing is held back: the next one may not be there yet.
             while len(ahead) > (2 * self.threads if place else 0):
@@ -752,11 +777,11 @@ class PrefetchDataLoader:
                         )
                     yield first._replace(offset=skip), tokens[skip:]
 
-    def _batches(self, start, *pools):
+    def _batches(self, start, pool, stop):
         """Yields (tokens, targets, place of the token after them)."""
         n = math.prod(self.batch_shape)
         held, parts = 0, collections.deque()
-        for part in self._encoded(start, *pools):
+        for part in self._encoded(start, pool, stop):
             parts.append(part)
             held += len(part[1])
             while held > n:  # enough for n inputs and the target of the last
@@ -776,18 +801,16 @@ class PrefetchDataLoader:
                 with contextlib.suppress(queue.Full):
                     return batches.put(item, timeout=0.1)
 
-        # Fetching has a thread of its own: a slow download takes none from encoding.
-        pools = [concurrent.futures.ThreadPoolExecutor(threads) for threads in (1, self.threads)]
+        pool = concurrent.futures.ThreadPoolExecutor(self.threads)
         try:
-            for tokens, targets, after in self._batches(start, *pools):
-                put((jax.device_put((tokens, targets)), after))
+            for tokens, targets, after in self._batches(start, pool, stop):
+                put((jax.device_put((tokens, targets), jax.devices()[0]), after))
                 if stop.is_set():
                     break
         except BaseException as error:
             put((error, None))
         finally:
-            for pool in pools:
-                pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def __iter__(self):
         return self
@@ -876,7 +899,7 @@ def init_params(config, key):
         return {
             "q": uniform(D, N, H), "k": uniform(D, K, H), "v": uniform(D, K, H), "o": jnp.zeros((N, H, D)),
             "up": uniform(D, F), "down": jnp.zeros((F, D)),
-            "resid_scale": jnp.ones(()), "x0_scale": jnp.full((), 0.1),
+            "resid_scale": jnp.ones(()), "x0_scale": jnp.full((), 0.1, jnp.float32),
         }  # fmt: skip
 
     return {
@@ -938,6 +961,8 @@ def attention(q, k, v, *, window, impl="auto", block_size=1024):
     """
     N, T, H = q.shape[1:]
     K = k.shape[1]
+    impls = ("auto", "einsum", "jax", "splash", "pallas")
+    require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
     require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
     if impl == "auto":
         tiles = T % 128 == 0 and T % min(block_size, T) == 0
@@ -969,7 +994,6 @@ def attention(q, k, v, *, window, impl="auto", block_size=1024):
         )
         k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
         return on_tpu_or_interpreted(functools.partial(flash_attention, block=block), q, k, v)
-    raise InputError(f"impl={impl!r}: must be auto, einsum, jax, splash or pallas")
 
 
 # %% Attention kernels tags=["shared"]
@@ -1011,17 +1035,18 @@ def flash_attention(q, k, v, *, block, interpret):
     if not interpret:
         return kernel(q, k, v)
 
-    # The kernel has no interpret argument, and its backward pass is traced later than this line: wrap both.
+    # The kernel has no interpret argument, and its backward pass is traced later than this line: wrap both. True is
+    # the interpreter without callbacks: their ordering tokens would not lower beside the TPU's branch.
     @jax.custom_vjp
     def interpreted(q, k, v):
         return forward(q, k, v)[0]
 
     def forward(q, k, v):
-        with pltpu.force_tpu_interpret_mode():
+        with pltpu.force_tpu_interpret_mode(True):
             return jax.vjp(kernel, q, k, v)
 
     def backward(vjp, gradient):
-        with pltpu.force_tpu_interpret_mode():
+        with pltpu.force_tpu_interpret_mode(True):
             return vjp(gradient)
 
     interpreted.defvjp(forward, backward)
@@ -1142,7 +1167,7 @@ def flops_per_token(config):
 # Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
 PEAK_FLOPS = {
     "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
 }  # fmt: skip
 
 
@@ -1447,6 +1472,7 @@ def save_checkpoint(run_dir, config, state, **meta):
 
     `meta`: whatever else a resumed run needs, as JSON: the loader's position, the best loss so far.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     step = int(state.step)
@@ -1464,9 +1490,10 @@ def save_checkpoint(run_dir, config, state, **meta):
             os.close(descriptor)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
     for old in list_checkpoints(run_dir)[:-KEEP_CHECKPOINTS]:
         shutil.rmtree(old)
     return final
@@ -1477,14 +1504,19 @@ def list_checkpoints(run_dir):
     return sorted(Path(run_dir).glob("checkpoints/step_*"))
 
 
-def differences(old, new, ignore=()):
-    """'n_head 4 → 8, …' for the Config fields in which two dicts differ, or an empty string."""
-    names = [name for name in {**old, **new} if name not in ignore and old.get(name) != new.get(name)]
-    return ", ".join(f"{name} {old.get(name)!r} → {new.get(name)!r}" for name in names)
+# How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
+RUNTIME_FIELDS = ("attn_impl", "splash_block_size", "compute_dtype", "device_batch_size", "total_batch_size")
+
+
+def differences(saved, config, ignore):
+    """'n_head 4 → 8, …': the fields, but those to ignore, in which a saved Config, a dict, differs from config."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changed = [name for name in values if name not in ignore and saved.get(name) != values[name]]
+    return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
 
 
 def load_checkpoint(path, config):
-    """(TrainState, meta) from a checkpoint of a model of the same shape as config's.
+    """(TrainState, meta) from a checkpoint of config's model; how it was trained, and on what, may differ.
 
     InputError that names the fields that differ if it is of another model, or what is wrong with the files.
     """
@@ -1492,21 +1524,24 @@ def load_checkpoint(path, config):
 
     path = Path(path)
     wanted = jax.eval_shape(lambda: init_train_state(config))
+    shapes = {
+        name: (list(x.shape), {"float32": "F32", "int32": "I32"}[x.dtype.name])
+        for name, x in named_arrays(wanted).items()
+    }
+    free_fields = [field.name for field in dataclasses.fields(config) if not field.compare]
     try:
         meta = json.loads((path / "meta.json").read_text())
+        changed = differences(meta["config"], config, ignore=(*free_fields, *RUNTIME_FIELDS))
+        if changed:
+            raise InputError(f"checkpoint {path} is of another Config: {changed}")
         with safe_open(path / "state.safetensors", "numpy") as file:
-            shapes = {
-                name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
-                for name in file.keys()
-            }
-            dtypes = {"float32": "F32", "int32": "I32"}
-            if shapes != {name: (x.shape, dtypes[x.dtype.name]) for name, x in named_arrays(wanted).items()}:
-                changed = differences(meta["config"], dataclasses.asdict(config), ignore=HOST_FIELDS)
-                raise InputError(f"checkpoint {path} is of another Config: {changed or 'its arrays have other shapes'}")
-            arrays = [jnp.asarray(file.get_tensor(name)) for name in named_arrays(wanted)]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            if {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()} != shapes:
+                raise ValueError("its arrays are not those of its Config")
+            arrays = [jnp.asarray(file.get_tensor(name)) for name in shapes]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}; delete it to use the one before it") from error
     state = jax.tree.unflatten(jax.tree.structure(wanted._replace(hyper={})), arrays)
     return state._replace(hyper=hyperparams(config)), meta
@@ -1553,7 +1588,7 @@ def open_run(config):
             ) from error
         if config.resume == "never" or finished or not checkpoints:
             continue
-        changed = differences(saved, dataclasses.asdict(config), ignore=HOST_FIELDS)
+        changed = differences(saved, config, ignore=HOST_FIELDS)
         if changed:
             raise InputError(
                 f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "

@@ -177,7 +177,7 @@ def test_four_microbatches_are_one_batch(nb, dtype):
     """The same 16 sequences at once and four at a time, for two steps. The first moment is linear in the gradients. In
     float32 their sums differ in order alone; in bfloat16 each microbatch's gradient is rounded, 2⁻⁹ an entry (and a
     matmul that XLA on a CPU sums in bfloat16, that of o, is 3% off)."""
-    changes = {"total_batch_size": 16 * 32, "eps": 1e-3, "compute_dtype": dtype}
+    changes = {"total_batch_size": 16 * 32, "eps": 1e-3, "compute_dtype": dtype, "aspect_ratio": 64}  # one layer
     whole, split = (small_config(nb, device_batch_size=B, **changes) for B in (16, 4))
     assert (whole.grad_accum_steps, split.grad_accum_steps) == (1, 4)
     start = shaken_state(nb, whole).params

@@ -104,7 +104,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
 # Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tpuchat" / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
 
 class InputError(ValueError):
@@ -319,7 +319,7 @@ class Config:
         """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            learning_rate=4e-3, num_iterations=600, dataset="embedded", num_shards=-1, run_dir="runs/demo",
+            learning_rate=4e-3, num_iterations=800, dataset="embedded", num_shards=-1, run_dir="runs/demo",
             log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
@@ -1232,7 +1232,7 @@ def hyperparams(config):
         "beta2": config.beta2, "eps": config.eps, "final_lr_frac": config.final_lr_frac, "total_steps": total,
         "warmup_steps": round(config.warmup_ratio * total), "warmdown_steps": round(config.warmdown_ratio * total),
     }  # fmt: skip
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
+    return {name: jnp.array(np.float32(value)) for name, value in values.items()}
 
 
 def scheduled_lr(hyper, step):
@@ -1261,9 +1261,14 @@ def adamw(hyper, state, grads, learning_rate):
 
 def init_train_state(config):
     """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
-    params = jax.jit(init_params)(config, jax.random.key(config.seed))
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, zeros(), zeros(), hyperparams(config))
+
+    @jax.jit
+    def arrays(config, key):
+        params = init_params(config, key)
+        zeros = functools.partial(jax.tree.map, jnp.zeros_like, params)
+        return jnp.zeros((), jnp.int32), params, zeros(), zeros()
+
+    return TrainState(*arrays(config, jax.random.key(config.seed)), hyperparams(config))
 
 
 # %% [markdown]

@@ -127,7 +127,7 @@ def test_list_shards_refuses(nb, tmp_path):
     write(tmp_path / "a.parquet", ["a"])
     assert "1 parquet shards" in message() and "at least two" in message()
     write(tmp_path / "b.parquet", ["b"])
-    assert message(num_shards=2).startswith("num_shards=2: ") and "1 training shard" in message(num_shards=2)
+    assert len(nb.list_shards(folder_config(nb, tmp_path, num_shards=2))[0]) == 1  # at most so many
     assert "dataset='me/none'" in message(dataset="me/none") and "embedded" in message(dataset="me/none")
 
 

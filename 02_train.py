@@ -726,6 +726,7 @@ class PrefetchDataLoader:
 
     def _start(self, position):
         self.position = position
+        self.ready = collections.deque()
         self.queue, self.stop = queue.Queue(self.depth), threading.Event()
         self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
         self.thread.start()
@@ -753,10 +754,16 @@ class PrefetchDataLoader:
             place = Position(place.epoch + (following == 0), following)
 
     def _encoded(self, start, pool, stop):
-        """Yields (place of the first token, tokens of a document), in order, encoded some groups of documents ahead."""
+        """Yields groups of documents, [(place of the first token, tokens), …], in order, encoded some groups ahead."""
 
         def encode(group):
-            return [(place, encode_document(self.tokenizer, text)) for place, text in group]
+            encoded = [(place, encode_document(self.tokenizer, text)) for place, text in group]
+            if encoded and encoded[0][0] == start._replace(offset=0):  # a resumed run starts within a document
+                tokens = encoded[0][1][start.offset :]
+                if len(tokens) == 0:
+                    raise InputError(f"loader position {start}: the document has fewer tokens; was it changed?")
+                encoded[0] = (start, tokens)
+            return encoded
 
         ahead, group, chars = collections.deque(), [], 0
         for place, text in self._documents(start, stop):
@@ -768,22 +775,16 @@ class PrefetchDataLoader:
                 group, chars = [], 0
             # At the end of a shard nothing is held back: the next one may not be there yet.
             while len(ahead) > (2 * self.threads if place else 0):
-                for first, tokens in ahead.popleft().result():
-                    # A resumed run starts within its first document.
-                    skip = start.offset if first == start._replace(offset=0) else 0
-                    if skip >= len(tokens):
-                        raise InputError(
-                            f"loader position {start}: the document has {len(tokens)} tokens; was it changed?"
-                        )
-                    yield first._replace(offset=skip), tokens[skip:]
+                yield ahead.popleft().result()
 
     def _batches(self, start, pool, stop):
-        """Yields (tokens, targets, place of the token after them)."""
+        """Yields the batches that each group of documents completes: [(tokens, targets, place of the token after)]."""
         n = math.prod(self.batch_shape)
         held, parts = 0, collections.deque()
-        for part in self._encoded(start, pool, stop):
-            parts.append(part)
-            held += len(part[1])
+        for group in self._encoded(start, pool, stop):
+            parts.extend(group)
+            held += sum(len(tokens) for _, tokens in group)
+            ready = []
             while held > n:  # enough for n inputs and the target of the last
                 stream, left = [], n
                 while len(parts[0][1]) <= left:
@@ -793,7 +794,10 @@ class PrefetchDataLoader:
                 stream = np.concatenate([*stream, tokens[: left + 1]]).astype(np.int32)
                 parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
                 held -= n
-                yield stream[:-1].reshape(self.batch_shape), stream[1:].reshape(self.batch_shape), parts[0][0]
+                tokens, targets = (part.reshape(self.batch_shape) for part in (stream[:-1], stream[1:]))
+                ready.append((tokens, targets, parts[0][0]))
+            if ready:
+                yield ready
 
     def _produce(self, start, batches, stop):
         def put(item):
@@ -803,12 +807,14 @@ class PrefetchDataLoader:
 
         pool = concurrent.futures.ThreadPoolExecutor(self.threads)
         try:
-            for tokens, targets, after in self._batches(start, pool, stop):
-                put((jax.device_put((tokens, targets), jax.devices()[0]), after))
+            for ready in self._batches(start, pool, stop):
+                # One call, and one hand-over, for all that is ready: small batches are otherwise half as fast.
+                arrays = jax.device_put([(tokens, targets) for tokens, targets, _ in ready], jax.devices()[0])
+                put(list(zip(arrays, [place for *_, place in ready], strict=True)))
                 if stop.is_set():
                     break
         except BaseException as error:
-            put((error, None))
+            put(error)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -818,13 +824,15 @@ class PrefetchDataLoader:
     def __next__(self):
         if self.stop.is_set():
             raise RuntimeError("the loader is closed")
-        started = time.perf_counter()
-        batch, position = self.queue.get()
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(batch, BaseException):
-            self.queue.put((batch, None))  # whoever asks again hears the same
-            raise batch
-        self.position = position
+        if not self.ready:
+            started = time.perf_counter()
+            item = self.queue.get()
+            self.wait_seconds += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                self.queue.put(item)  # whoever asks again hears the same
+                raise item
+            self.ready.extend(item)
+        batch, self.position = self.ready.popleft()
         return batch
 
     def state_dict(self):
@@ -1617,7 +1625,7 @@ def plot_loss(run):
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = np.array(train).T
-    span = max(1, len(losses) // 20)
+    span = max(1, len(losses) // 10)
     smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
     axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")

@@ -1267,16 +1267,17 @@ def adamw(hyper, state, grads, learning_rate):
     return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
 
 
+@jax.jit
+def init_arrays(config, key):
+    """Step 0, the parameters, and two trees of zeros for the moments, made by one program."""
+    params = init_params(config, key)
+    mu, nu = jax.tree.map(jnp.zeros_like, (params, params))
+    return jnp.zeros((), jnp.int32), params, mu, nu
+
+
 def init_train_state(config):
     """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
-
-    @jax.jit
-    def arrays(config, key):
-        params = init_params(config, key)
-        zeros = functools.partial(jax.tree.map, jnp.zeros_like, params)
-        return jnp.zeros((), jnp.int32), params, zeros(), zeros()
-
-    return TrainState(*arrays(config, jax.random.key(config.seed)), hyperparams(config))
+    return TrainState(*init_arrays(config, jax.random.key(config.seed)), hyperparams(config))
 
 
 # %% [markdown]

@@ -15,6 +15,11 @@ from tools.notebooks import load  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that load libtpu come last: once it is loaded where there is no TPU, jax.profiler crashes the process."""
+    items.sort(key=lambda item: item.path.name == "test_tpu_compile.py")
+
+
 @pytest.fixture(scope="session")
 def root():
     """The root folder of the repository."""

@@ -211,15 +211,15 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 import jax, numpy as np
 from tools.notebooks import load
 nb = load({str(ROOT / "02_train.py")!r})
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # this step is too small to be kept otherwise
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
-config = nb.Config.demo().replace(n_head=1, seq_len=32, device_batch_size=1)
+config = nb.Config.demo().replace(n_head=1, aspect_ratio=64, seq_len=32, device_batch_size=1)
 tokens = np.zeros((1, 32), np.int32)
 state, metrics = nb.train_step(config, nb.init_train_state(config), tokens, tokens)
 print(float(metrics["loss"]), sum(name.endswith("/cache_misses") for name in events))
 """
     runs = [subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[-1].stderr
     (loss_1, misses_1), (loss_2, misses_2) = (run.stdout.split() for run in runs)
     assert loss_1 == loss_2
     assert int(misses_1) >= 2 and int(misses_2) == 0  # init_params and train_step, at least

@@ -31,7 +31,10 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import jupytext
+try:
+    import jupytext
+except ImportError:
+    sys.exit("tools/notebooks.py needs jupytext: pip install -r requirements.txt, or point PYTHON at one with it")
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"run", "shared"}

@@ -218,6 +218,8 @@ class Config:
         )  # fmt: skip
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(self.seq_len > 1, "seq_len", self.seq_len, "must be at least 2: a token, and the one after it")
+        require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         require(
             self.softcap <= 70,
             "softcap",
@@ -384,6 +386,11 @@ def one_line_errors():
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if IN_NOTEBOOK:
+            raise
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 # %% [markdown]
@@ -515,7 +522,12 @@ def find_tokenizer(config, first_shard):
         print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}")
         texts = (text for _, text in read_documents(first_shard))
         tokenizer = train_tokenizer(texts, config.vocab_size)
-        save_tokenizer(tokenizer, cached)
+        try:
+            save_tokenizer(tokenizer, cached)
+        except OSError as error:
+            raise InputError(
+                f"cannot keep the tokenizer in {cached}: {error}; set HOME to a folder to write to"
+            ) from error
     if tokenizer.n_vocab > config.vocab_size:
         raise InputError(
             f"vocab_size={config.vocab_size}: the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; "
@@ -574,8 +586,8 @@ def embedded_folder():
     for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
         if not (folder / name).exists():
             url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 partial, _ = urllib.request.urlretrieve(url, folder / f"{name}.part")
             except OSError as error:
                 raise InputError(
@@ -1216,9 +1228,9 @@ def loss_fn(config, params, tokens, targets):
 # needs no guess of a cosine's length, and most of the gain of a run comes in its warmdown. Weight decay applies to the
 # matmul weights, not to the embedding (a rare token's row would shrink between its visits) nor to the scalars.
 #
-# Every number of the schedule is a traced scalar in the train state. A Python float, or a strongly typed float32
-# *array* times a bfloat16 weight, is where silent promotion to float32 begins; here masters and moments are float32
-# to begin with, and a test holds the dtypes of the state to what they were.
+# Every number of the schedule is a traced scalar in the train state. A strongly typed float32 array times a bfloat16
+# weight is where silent promotion to float32 begins: so masters and moments are float32 throughout, only the cast that
+# the forward pass reads is bfloat16, and a test holds the dtypes of the state to what they were.
 
 
 # %% Optimizer tags=["shared"]
@@ -1567,7 +1579,7 @@ def load_checkpoint(path, config):
 # Everything that a run leaves behind is in one folder: `config.json`, `metrics.jsonl` (one object a line),
 # TensorBoard's events, `samples.txt`, `loss.png`, `profile/` and `checkpoints/`. Start the same run again and it goes
 # on from its newest checkpoint; when it is finished, the next start takes a new folder (`runs/demo-2`), so nothing is
-# overwritten.
+# overwritten. (A run that died before its first checkpoint has nothing to go on from: it, too, gets a new folder.)
 
 # %% Run folder tags=["shared"]
 # These do not change what is learned: a run may be resumed with other values of them.
@@ -1625,11 +1637,12 @@ def plot_loss(run):
     validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps, losses = np.array(train).T
-    span = max(1, len(losses) // 10)
-    smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
-    axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
+    if train:
+        steps, losses = np.array(train).T
+        span = max(1, len(losses) // 10)
+        smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+        axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
     if validation:
         axes.plot(*np.array(validation).T, "o-", color="tab:orange", markersize=4, label="validation loss")
     axes.set(xlabel="step", ylabel="nats per token", title=str(run))
@@ -1643,10 +1656,10 @@ def plot_loss(run):
 # ## Log
 #
 # The host's job is to stay ahead of the device: it takes a batch that is already there, dispatches a step, and goes on.
-# It never asks for a result that the device is still computing: **metrics are read one log interval late**. When the
-# loss of step 90 is read after step 100 was dispatched, it has long been there, and reading it tells when step 90 was
-# done: throughput is measured from one such moment to the next. Only an evaluation, a sample, a save or a trace makes
-# the host wait, and that time is not counted as training.
+# **Metrics are read one log interval late**: while the host waits for the loss of step 90, steps 91 to 100 are already
+# queued, so the device never waits. The moment at which that loss is there tells when step 90 was done, and throughput
+# is measured from one such moment to the next. Only an evaluation, a sample, a save or a trace lets the queue run
+# empty, and that time is not counted as training.
 
 
 # %% Meter tags=["shared"]
@@ -1713,7 +1726,8 @@ class RunLog:
 
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line.rstrip() for line in lines if line.endswith("\n")]  # the last line may have been cut short
         kept = [line for line in lines if (row := json.loads(line))["step"] < step + ("val_loss" in row)]
         path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
         self.file = path.open("a", buffering=1)
@@ -1836,7 +1850,8 @@ def train(config):
                 state, metrics = train_step(config, state, tokens, targets)
             if step == first:
                 jax.block_until_ready(state.step)
-                log.say(f"first step after {time.perf_counter() - started:.1f} s, compilation included")
+                seconds, loss = time.perf_counter() - started, float(metrics["loss"])
+                log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
             log.train_step(step, metrics)
             if traced and step == traced[-1]:
                 with log.paused(state):
@@ -1848,7 +1863,8 @@ def train(config):
                     if last:  # more of the shard
                         batches = validation_batches(config, tokenizer, validation, config.final_eval_tokens)
                     result = evaluate(config, state.params, batches)
-                    best_loss = min(result["loss"], best_loss or math.inf)
+                    if not last:  # the last one is on other text
+                        best_loss = min(result["loss"], best_loss or math.inf)
                     log.validation(result)
             if last or due(done, config.sample_interval):
                 with log.paused(state):
@@ -1858,7 +1874,7 @@ def train(config):
                     save_checkpoint(run, config, state, best_loss=best_loss, loader=loader.state_dict(), finished=last)
         summary = {
             "step": total, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
-            "best_val_loss": best_loss, "tokens": total * config.tokens_per_step,
+            "tokens": total * config.tokens_per_step,
             **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
             "wait_seconds": loader.wait_seconds, "peak_memory": peak_memory(), "run_dir": str(run),
         }  # fmt: skip
@@ -1882,9 +1898,7 @@ def describe_run(config, run, first):
 def show_summary(summary):
     """Prints what train returned."""
     files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
-    print(
-        f"loss    {summary['val_loss']:.4f} nats per token on the validation shard; best {summary['best_val_loss']:.4f}"
-    )
+    print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
     print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
     print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
     print(f"time    {format_time(summary['seconds'])} in all, {summary['wait_seconds']:.1f} s waiting for data")
@@ -1942,9 +1956,9 @@ def compressor_bpb(text):
 
 
 # %% Compare tags=["run"]
-_, fetch_validation = list_shards(config)
+shards, fetch_validation = list_shards(config)
 documents = (text for _, text in read_documents(fetch_validation()))
-sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, 20 MB of FineWeb-Edu's
+sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, a part of FineWeb-Edu's
 for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
     print(f"{name:18}{bpb:.3f} bits per byte")
 
@@ -1956,9 +1970,9 @@ for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.it
 
 # %% Samples tags=["run"]
 state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
-tokenizer = find_tokenizer(config, fetch_validation())
-for prompt in SAMPLE_PROMPTS:
-    print(generate(config, state.params, tokenizer, prompt, max_new_tokens=100, temperature=0.8), end="\n\n")
+tokenizer = find_tokenizer(config, shards[0]())
+for text in generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=100, temperature=0.8):
+    print(text, end="\n\n")
 
 # %% [markdown]
 # ## Look inside

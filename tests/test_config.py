@@ -89,7 +89,7 @@ def test_refused(nb, changes, value, words):
 def test_the_edges_are_accepted(nb):
     """The rules refuse nothing that works: each of these is one step inside of a refusal above."""
     for changes in (
-        dict(n_kv_head=1), dict(n_kv_head=8), dict(vocab_size=257), dict(seq_len=1), dict(beta1=0),
+        dict(n_kv_head=1), dict(n_kv_head=8), dict(vocab_size=257), dict(seq_len=2), dict(beta1=0),
         dict(beta2=0.0), dict(warmup_ratio=0.5), dict(warmup_ratio=0, warmdown_ratio=1), dict(total_batch_size=8192),
         dict(final_lr_frac=1), dict(attn_impl="pallas", window_pattern="L"), dict(attn_impl="splash", seq_len=128),
         dict(attn_impl="splash", seq_len=1536, splash_block_size=768), dict(num_shards=-1), dict(log_interval=0),

@@ -186,6 +186,20 @@ def test_metrics_are_read_one_interval_late(nb, tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [0]
 
 
+def test_a_run_that_logs_nothing(nb, tmp_path):
+    """0 = never, for every interval; the run still ends, with its evaluation, checkpoint and picture."""
+    never = dict.fromkeys(("log_interval", "eval_interval", "sample_interval", "save_interval", "profile_steps"), 0)
+    summary = nb.train(tiny(nb, tmp_path / "run", num_iterations=1, **never))
+    assert summary["loss"] is None and summary["val_loss"] > 0
+    assert (tmp_path / "run" / "loss.png").exists() and nb.list_checkpoints(tmp_path / "run")
+
+
+def test_a_metrics_line_cut_short_is_dropped(nb, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    nb.RunLog(tiny(nb, tmp_path), tmp_path, 5).close()
+    assert rows(tmp_path) == [{"step": 0, "loss": 1.0}]
+
+
 def test_the_notebook_runs_in_a_real_kernel(tmp_path):
     """02_train.ipynb, all cells top to bottom in Jupyter, with a Config of a few steps."""
     notebook = nbformat.read(ROOT / "02_train.ipynb", 4)

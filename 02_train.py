@@ -66,13 +66,16 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
+import hashlib
 import itertools
 import json
 import lzma
 import math
 import os
 import queue
+import re
 import resource
 import shutil
 import sys
@@ -94,18 +97,6 @@ from tqdm import tqdm
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 
-# XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
-# which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(option, value)
-
-# Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
-if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tpuchat" / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
-
 
 class InputError(ValueError):
     """Something that a person gave is wrong: a Config value, a file, a checkpoint. The message is one line that says
@@ -120,6 +111,51 @@ def get_secret(name):
         return userdata.get(name)
     except Exception:  # not in Colab, not granted, or not there: Colab raises a different class for each
         return os.environ.get(name)
+
+
+def someone_watches():
+    """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
+    return IN_NOTEBOOK or sys.stderr.isatty()
+
+
+def cache_dir():
+    """Where what takes long to make or to get stays between runs."""
+    return Path.home() / ".cache" / "tpuchat"
+
+
+def format_time(seconds):
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def in_background(function):
+    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="background", daemon=True).start()
+    return future
+
+
+# %% XLA on this machine tags=["shared"]
+# XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
+# which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(option, value)
+
+# Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
+if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
 
 # %% [markdown]
@@ -416,6 +452,12 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
+def check_vocab_size(vocab_size):
+    """InputError if there is no room for a token for each byte and the special tokens."""
+    least = 256 + len(SPECIAL_TOKENS)
+    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
+
+
 def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
     """A tiktoken.Encoding from `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
     special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
@@ -461,36 +503,48 @@ def token_bytes(tokenizer):
 
 
 # %% Train a tokenizer tags=["shared"]
-def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000):
+def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
     """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
 
-    Of each document only the first `doc_chars` characters are read, so that one long document does not weigh more
-    than a hundred short ones. The texts stream through; they are never all in memory.
+    Of each document only the first `doc_chars` characters are used, so that one long document does not weigh more
+    than a hundred short ones. The texts stream through: what grows is the table of different words and their counts.
+    `expected_chars`, of whole documents, is where the progress bar ends. InputError if there is too little text.
     """
     import rustbpe
 
+    check_vocab_size(vocab_size)
     merges = vocab_size - len(SPECIAL_TOKENS)
-    require(
-        merges >= 256, "vocab_size", vocab_size, f"must be at least {256 + len(SPECIAL_TOKENS)}: bytes and specials"
+    bar = tqdm(
+        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, disable=not someone_watches(), leave=False
     )
 
     def stream():
         left = max_chars
         for text in texts:
+            bar.update(len(text))
             text = text[: min(doc_chars, left)]
             left -= len(text)
             yield text
             if left == 0:
-                return
+                break
+        bar.set_description("merging")
 
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(stream(), merges, pattern=SPLIT_PATTERN)
+    with bar:
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < merges:
         raise InputError(
             f"vocab_size={vocab_size}: this text yields only {len(ranks)} tokens; give more text or ask for fewer"
         )
     return make_tokenizer(ranks)
+
+
+# %% Where a tokenizer lies tags=["shared"]
+def tokenizer_folder(config, first_shard):
+    """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
+    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
+    return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
 
 
 # %% Find the tokenizer tags=["shared"]
@@ -505,28 +559,32 @@ def hub_tokenizer(repo_id):
 
 
 def find_tokenizer(config, first_shard):
-    """The tokenizer of config.dataset: beside the shards, else from config.hf_repo_id, else trained on `first_shard`.
+    """The tokenizer of config.dataset: a local one (beside the shards, or from 01_tokenizer.py), else that of the Hub
+    repo config.hf_repo_id, else one trained on `first_shard`, and kept.
 
     InputError if it has more tokens than the model has rows for.
     """
-    source = config.dataset if config.dataset in HUB_SHARDS else str(first_shard.resolve().parent)
-    beside = first_shard.parent / "tokenizer"
-    cached = cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
-    remote = hub_tokenizer(config.hf_repo_id) if config.hf_repo_id and not beside.exists() else None
-    folder = next(
-        (folder for folder in (beside, remote, cached) if folder and (folder / "tokenizer.json").exists()), None
-    )
-    if folder:
+
+    def there(folder):
+        return folder is not None and (folder / "tokenizer.json").exists()
+
+    made = tokenizer_folder(config, first_shard)
+    folder = next(filter(there, (first_shard.parent / "tokenizer", made)), None)
+    if not folder and config.hf_repo_id:
+        folder = hub_tokenizer(config.hf_repo_id)
+    if not folder:  # its name has the size of the shard: another shard, another tokenizer
+        folder = made.with_name(f"{made.name}-first-shard-{first_shard.stat().st_size}")
+    if there(folder):
         tokenizer = load_tokenizer(folder)
     else:
-        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}")
+        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}", flush=True)
         texts = (text for _, text in read_documents(first_shard))
-        tokenizer = train_tokenizer(texts, config.vocab_size)
+        tokenizer = train_tokenizer(texts, config.vocab_size, expected_chars=count_chars(first_shard))
         try:
-            save_tokenizer(tokenizer, cached)
+            save_tokenizer(tokenizer, folder)
         except OSError as error:
             raise InputError(
-                f"cannot keep the tokenizer in {cached}: {error}; set HOME to a folder to write to"
+                f"cannot keep the tokenizer in {folder}: {error}; set HOME to a folder to write to"
             ) from error
     if tokenizer.n_vocab > config.vocab_size:
         raise InputError(
@@ -540,40 +598,132 @@ def find_tokenizer(config, first_shard):
 # ## Data: shards
 #
 # A dataset is a list of parquet shards with one `text` column. FineWeb-Edu comes from the Hugging Face Hub, already
-# shuffled, about 250M characters a shard; the embedded corpus, 12 MB of public-domain English, lies in the repository.
+# shuffled, about 250M characters a shard; the embedded corpus, 12 MB of public-domain English, lies in the repository;
+# a folder of shards and any other Hub dataset (`owner/name`, or `owner/name/folder` for a part of it) work alike.
 # **The last shard is validation**, whatever `num_shards` is: a number that moves when you train on more data is not a
 # validation loss.
+#
+# Networks fail in ways that look like success: a proxy's error page saved as a shard, a cut connection, a file that is
+# full length and wrong. So a shard counts only when its SHA-256 is the one that the Hub gives; what may pass (a 500, a
+# cut) is tried again; and what does not pass ends in one line that names the shard, the cause and the remedy.
 
-# %% Shards tags=["shared"]
+# %% Hub tags=["shared"]
 HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
-EMBEDDED_SHARDS = 5
-
-
-def cache_dir():
-    """Where downloads and trained tokenizers stay between runs."""
-    return Path.home() / ".cache" / "tpuchat"
 
 
 class MissingFileError(InputError):
     """A Hub repo is there, and has no such file."""
 
 
-def hub_download(repo_id, filename, repo_type="dataset"):
-    """The local path of a file of a Hub repo, downloaded once into huggingface_hub's cache. InputError if it fails."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError,
-    )  # fmt: skip
+def is_intact(path):
+    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+    if len(digest) != 64:
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
-    try:
-        return Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=get_secret("HF_TOKEN")))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        kind = MissingFileError if isinstance(error, RemoteEntryNotFoundError) else InputError
-        raise kind(
-            f"cannot get {filename} of {repo_id} from the Hugging Face Hub: {reason}; check the name and the network, "
-            "or train on dataset='embedded'"
-        ) from error
+
+def explain(error, repo_id, repo_type):
+    """(what a failed request to the Hub means, what to do about it)."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # what went wrong before the cache was asked
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo_id!r} is not the name of a repo", "a name has the form owner/name"
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return (
+            f"access is refused ({status})",
+            f"accept its terms on {page} and set HF_TOKEN to a token that may read it",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        remedy = f"check the name{suggest(repo_id, HUB_SHARDS)}; a private repo wants a valid HF_TOKEN"
+        return f"there is no such {repo_type} repo, or it is private ({status})", remedy
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return "the repo has no such file (404)", f"look for it on {page}"
+    if status == 429:
+        return "it limits the rate of requests (429)", "wait some minutes, or set HF_TOKEN: accounts have higher limits"
+    if status >= 500:
+        return f"it is in trouble ({status})", "try again later; what has been downloaded is kept"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set", f"it is not in the cache, {constants.HF_HUB_CACHE}: unset it and download once"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({error.strerror})", f"make room, or move {constants.HF_HOME}: set HF_HOME elsewhere"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return reason, "set HF_HOME to a folder to write to"
+    return f"no connection, or a broken one ({reason})", "check the network, or use dataset='embedded'"
+
+
+def may_pass(error):
+    """Whether it makes sense to ask again: not where the Hub refuses, nothing is found, or a disk is full."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    final = isinstance(error, (errors.EntryNotFoundError, errors.HFValidationError)) or 400 <= status < 500
+    return not final and not getattr(error, "errno", None)  # EntryNotFoundError includes a HEAD tried often enough
+
+
+def ask_hub(what, repo_id, repo_type, call, attempts=1):
+    """call(), again if the reason for its failure may pass. InputError that names `what`, the cause and the remedy."""
+    from huggingface_hub import errors
+
+    for attempt in range(attempts):
+        try:
+            return call()
+        except Exception as error:  # its client raises its own, those of its HTTP library, and OSError
+            if may_pass(error) and attempt < attempts - 1:
+                time.sleep(2**attempt)  # its client has its own patience with connections, not with a 500
+                continue
+            cause, remedy = explain(error, repo_id, repo_type)
+            missing = isinstance(error, errors.EntryNotFoundError) and "404" in cause
+            raise (MissingFileError if missing else InputError)(
+                f"cannot get {what} of {repo_id} from the Hugging Face Hub: {cause}; {remedy}"
+            ) from error
+
+
+def hub_download(repo_id, filename, repo_type="dataset"):
+    """The local path of a file of a Hub repo, in huggingface_hub's cache; downloaded if it is not there or outdated."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    def download():
+        watched = threading.current_thread() is threading.main_thread() and someone_watches()
+        (enable_progress_bars if watched else disable_progress_bars)()  # one bar at a time: in the background, none
+        path = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=get_secret("HF_TOKEN")))
+        if not is_intact(path):
+            (path.parent / os.readlink(path)).unlink()
+            path.unlink()
+            raise ConnectionError("the SHA-256 of what arrived is not the Hub's")
+        return path
+
+    return ask_hub(filename, repo_id, repo_type, download, attempts=5)
+
+
+def hub_shard(repo_id, filename):
+    """The local path of a shard: a shard that is there and whole is used without asking the Hub."""
+    path = cached_shard(repo_id, filename)
+    return path if path and is_intact(path) else hub_download(repo_id, filename)
+
+
+def cached_shard(repo_id, filename):
+    """The path of a shard in the cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
+    return Path(path) if isinstance(path, str) else None
+
+
+# %% Shards tags=["shared"]
+EMBEDDED_SHARDS = 5
+
+
+def on_hub(dataset):
+    """Whether `dataset` names one of the Hub: one of ours, or neither 'embedded' nor a folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
 
 
 def embedded_folder():
@@ -597,20 +747,43 @@ def embedded_folder():
     return folder
 
 
+def hub_listing(dataset):
+    """(repo, [file name of each shard]) of a Hub dataset. The list is kept, for when the Hub cannot be reached."""
+    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    if dataset in HUB_SHARDS:
+        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset):
+        raise InputError(
+            f"dataset={dataset!r}: must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face "
+            f"Hub: owner/name, such as {next(iter(HUB_SHARDS))}"
+        )
+    from huggingface_hub import HfApi
+
+    def ask():
+        api = HfApi(token=get_secret("HF_TOKEN"))
+        tree = api.list_repo_tree(repo_id, folder or None, recursive=True, repo_type="dataset")
+        return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
+
+    kept = cache_dir() / "listings" / f"{dataset.replace('/', '--')}.json"
+    try:
+        names = ask_hub("the list of shards", repo_id, "dataset", ask)
+    except InputError:
+        if not kept.exists():
+            raise
+        return repo_id, json.loads(kept.read_text())
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(names))
+    return repo_id, names
+
+
 def list_shards(config):
     """(fetchers of the training shards, fetcher of the validation shard); a fetcher returns the shard's local path."""
-    folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
-    if config.dataset in HUB_SHARDS:
-        names = [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[config.dataset])]
-        fetchers = [functools.partial(hub_download, config.dataset, name) for name in names]
-    elif folder.is_dir():
-        paths = sorted(folder.glob("*.parquet"))
-        fetchers = [functools.partial(Path, path) for path in paths]
+    if on_hub(config.dataset):
+        repo_id, names = hub_listing(config.dataset)
+        fetchers = [functools.partial(hub_shard, repo_id, name) for name in names]
     else:
-        raise InputError(
-            f"dataset={config.dataset!r}: must be 'embedded', a folder of parquet shards, "
-            f"or one of {', '.join(HUB_SHARDS)}"
-        )
+        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
+        fetchers = [functools.partial(Path, path) for path in sorted(folder.glob("*.parquet"))]
     if len(fetchers) < 2:
         raise InputError(
             f"dataset={config.dataset!r}: has {len(fetchers)} parquet shards; it takes at least two, "
@@ -618,6 +791,27 @@ def list_shards(config):
         )
     *train, validation = fetchers
     return train[: None if config.num_shards == -1 else config.num_shards], validation
+
+
+def announce_downloads(config, fetchers):
+    """Prints how much is to be downloaded, where to, and about how long that takes; nothing if all of it is here."""
+    if not on_hub(config.dataset):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    absent = [fetch for fetch in fetchers if not cached_shard(*fetch.args)]
+    if not absent or constants.HF_HUB_OFFLINE:
+        return
+    repo_id, name = absent[0].args
+    url = hf_hub_url(repo_id, name, repo_type="dataset")
+    with contextlib.suppress(Exception):  # a courtesy: whatever is wrong, the download itself will say
+        size = get_hf_file_metadata(url, token=get_secret("HF_TOKEN"), timeout=10).size
+        total = size * len(absent)
+        print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
+        print(
+            f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, each fetched ahead of its"
+        )
+        print(f"        use, into {constants.HF_HUB_CACHE}", flush=True)
 
 
 # %% [markdown]
@@ -654,6 +848,16 @@ def check_shard(path):
         for _ in read_documents(path):  # raises at the row in question
             pass
     return path
+
+
+def count_chars(path):
+    """Bytes of text in a shard, from its footer: about its characters."""
+    metadata = pq.read_metadata(path)
+    columns = [
+        metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in range(metadata.num_columns)
+    ]
+    lengths = 4 * metadata.num_rows  # parquet puts its length before each text
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
 
 
 def read_documents(path, start=0):
@@ -708,20 +912,6 @@ class Position(NamedTuple):
     offset: int = 0
 
 
-def in_background(function):
-    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="fetch", daemon=True).start()
-    return future
-
-
 class PrefetchDataLoader:
     """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the device, from background threads.
 
@@ -743,14 +933,17 @@ class PrefetchDataLoader:
         self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
         self.thread.start()
 
-    def _documents(self, place, stop):
+    def _documents(self, start, stop):
         """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
+        place = start
 
         def fetch(shard):
             return in_background(lambda: check_shard(self.shards[shard]()))
 
         here = fetch(place.shard)
         while True:
+            if place != start and here.done() and here.exception():
+                here = fetch(place.shard)  # it failed ahead of use: a network has had a whole shard's time to recover
             while not here.done():
                 concurrent.futures.wait([here], timeout=0.1)
                 if stop.is_set():
@@ -1668,13 +1861,6 @@ def due(step, interval):
     return interval > 0 and step % interval == 0
 
 
-def format_time(seconds):
-    """'1:02:03' or '2:03'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 def peak_memory():
     """Bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
     stats = jax.devices()[0].memory_stats()
@@ -1732,7 +1918,7 @@ class RunLog:
         path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
         self.file = path.open("a", buffering=1)
         self.tensorboard = Writer(DirectoryOutput(str(run)))
-        self.live = IN_NOTEBOOK or sys.stderr.isatty()
+        self.live = someone_watches()
         self.bar = tqdm(
             total=self.total, initial=step, disable=not self.live,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
@@ -1822,9 +2008,11 @@ def train(config):
     """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics."""
     started = time.perf_counter()
     shards, fetch_validation = list_shards(config)
-    for fetch in (shards[0], fetch_validation) if config.dataset in HUB_SHARDS else (*shards, fetch_validation):
+    announce_downloads(config, [*shards, fetch_validation])
+    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
         check_shard(fetch())
-    tokenizer, validation = find_tokenizer(config, shards[0]()), fetch_validation()
+    tokenizer = find_tokenizer(config, shards[0]())
+    validation = in_background(lambda: check_shard(fetch_validation()))
     run, checkpoint = open_run(config)
     if checkpoint:
         state, meta = load_checkpoint(checkpoint, config)
@@ -1833,7 +2021,7 @@ def train(config):
     first, total = meta["step"], config.total_steps
     describe_run(config, run, first)
 
-    batches = validation_batches(config, tokenizer, validation, config.eval_tokens)
+    batches = None
     traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
@@ -1860,8 +2048,9 @@ def train(config):
             done, last = step + 1, step + 1 == total
             if last or due(done, config.eval_interval):
                 with log.paused(state):
-                    if last:  # more of the shard
-                        batches = validation_batches(config, tokenizer, validation, config.final_eval_tokens)
+                    if last or not batches:  # the last evaluation takes more of the shard
+                        amount = config.final_eval_tokens if last else config.eval_tokens
+                        batches = validation_batches(config, tokenizer, validation.result(), amount)
                     result = evaluate(config, state.params, batches)
                     log.validation(result)
             if last or due(done, config.sample_interval):

@@ -128,7 +128,9 @@ def test_list_shards_refuses(nb, tmp_path):
     assert "1 parquet shards" in message() and "at least two" in message()
     write(tmp_path / "b.parquet", ["b"])
     assert len(nb.list_shards(folder_config(nb, tmp_path, num_shards=2))[0]) == 1  # at most so many
-    assert "dataset='me/none'" in message(dataset="me/none") and "embedded" in message(dataset="me/none")
+    for dataset in ("/no/such/folder", "./corpus", "corpus", "me/", ""):
+        said = message(dataset=dataset)
+        assert repr(dataset) in said and "'embedded', a folder of parquet shards" in said and "owner/name" in said
 
 
 def damage_a_page(path):

@@ -437,8 +437,8 @@ def one_line_errors():
 # `rustbpe`'s, encoding is `tiktoken`'s; the files are tiktoken's own text format (base64 token, rank) and a small
 # JSON with the pattern and the special tokens. Nothing is pickled.
 #
-# A tokenizer is looked for in this order: beside the shards, in your Hub repo, and else it is trained here on the first
-# shard.
+# A tokenizer is looked for in this order: on this machine (beside the shards, or where `01_tokenizer` left it), in your
+# Hub repo, and else it is trained here, on the first shard.
 
 # %% Tokenizer format tags=["shared"]
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
@@ -808,10 +808,8 @@ def announce_downloads(config, fetchers):
         size = get_hf_file_metadata(url, token=get_secret("HF_TOKEN"), timeout=10).size
         total = size * len(absent)
         print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
-        print(
-            f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, each fetched ahead of its"
-        )
-        print(f"        use, into {constants.HF_HUB_CACHE}", flush=True)
+        print(f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, fetched ahead of use")
+        print(f"        into {constants.HF_HUB_CACHE}", flush=True)
 
 
 # %% [markdown]

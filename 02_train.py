@@ -383,7 +383,7 @@ def suggest(name, known):
 def parse_args(argv, config):
     """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
     parser = argparse.ArgumentParser(
-        description="Every option is a Config field; without options the Config fits the device.",
+        description="Every option is a Config field; without options the Config fits the machine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
 

@@ -108,9 +108,10 @@ def get_secret(name):
     try:
         from google.colab import userdata
 
-        return userdata.get(name)
+        value = userdata.get(name)
     except Exception:  # not in Colab, not granted, or not there: Colab raises a different class for each
-        return os.environ.get(name)
+        value = os.environ.get(name)
+    return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
 def someone_watches():
@@ -615,9 +616,18 @@ class MissingFileError(InputError):
     """A Hub repo is there, and has no such file."""
 
 
-def is_intact(path):
-    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256."""
-    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+def hub_token():
+    """The user's token, or None. Of a bad one the HTTP library would complain by quoting it."""
+    token = get_secret("HF_TOKEN")
+    if token and not re.fullmatch("[!-~]+", token):
+        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
+    return token
+
+
+def is_intact(path, etag=""):
+    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256, and
+    where there are no symbolic links to tell it, it is `etag`."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else etag
     if len(digest) != 64:
         return True
     with path.open("rb") as file:
@@ -641,7 +651,8 @@ def explain(error, repo_id, repo_type):
             f"accept its terms on {page} and set HF_TOKEN to a token that may read it",
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        remedy = f"check the name{suggest(repo_id, HUB_SHARDS)}; a private repo wants a valid HF_TOKEN"
+        hint = "" if repo_id in HUB_SHARDS else suggest(repo_id, HUB_SHARDS)
+        remedy = f"check the name{hint}; a private repo wants a valid HF_TOKEN"
         return f"there is no such {repo_type} repo, or it is private ({status})", remedy
     if isinstance(error, errors.EntryNotFoundError) and status == 404:
         return "the repo has no such file (404)", f"look for it on {page}"
@@ -653,7 +664,7 @@ def explain(error, repo_id, repo_type):
         return "HF_HUB_OFFLINE is set", f"it is not in the cache, {constants.HF_HUB_CACHE}: unset it and download once"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({error.strerror})", f"make room, or move {constants.HF_HOME}: set HF_HOME elsewhere"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno:
         return reason, "set HF_HOME to a folder to write to"
     return f"no connection, or a broken one ({reason})", "check the network, or use dataset='embedded'"
 
@@ -674,6 +685,8 @@ def ask_hub(what, repo_id, repo_type, call, attempts=1):
     for attempt in range(attempts):
         try:
             return call()
+        except InputError:
+            raise
         except Exception as error:  # its client raises its own, those of its HTTP library, and OSError
             if may_pass(error) and attempt < attempts - 1:
                 time.sleep(2**attempt)  # its client has its own patience with connections, not with a 500
@@ -687,15 +700,19 @@ def ask_hub(what, repo_id, repo_type, call, attempts=1):
 
 def hub_download(repo_id, filename, repo_type="dataset"):
     """The local path of a file of a Hub repo, in huggingface_hub's cache; downloaded if it is not there or outdated."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     def download():
         watched = threading.current_thread() is threading.main_thread() and someone_watches()
         (enable_progress_bars if watched else disable_progress_bars)()  # one bar at a time: in the background, none
-        path = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=get_secret("HF_TOKEN")))
-        if not is_intact(path):
-            (path.parent / os.readlink(path)).unlink()
+        path, etag = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=hub_token())), ""
+        if not path.is_symlink():
+            with contextlib.suppress(Exception):  # no network: then it is what an earlier process has checked
+                etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type), token=hub_token()).etag
+        if not is_intact(path, etag):
+            if path.is_symlink():
+                (path.parent / os.readlink(path)).unlink()
             path.unlink()
             raise ConnectionError("the SHA-256 of what arrived is not the Hub's")
         return path
@@ -760,19 +777,20 @@ def hub_listing(dataset):
     from huggingface_hub import HfApi
 
     def ask():
-        api = HfApi(token=get_secret("HF_TOKEN"))
+        api = HfApi(token=hub_token())
         tree = api.list_repo_tree(repo_id, folder or None, recursive=True, repo_type="dataset")
         return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
 
     kept = cache_dir() / "listings" / f"{dataset.replace('/', '--')}.json"
     try:
-        names = ask_hub("the list of shards", repo_id, "dataset", ask)
+        names = ask_hub(f"the list of shards{folder and ' in '}{folder}", repo_id, "dataset", ask)
     except InputError:
-        if not kept.exists():
-            raise
-        return repo_id, json.loads(kept.read_text())
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(names))
+        with contextlib.suppress(OSError, ValueError):
+            return repo_id, json.loads(kept.read_text())
+        raise
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs no more than this
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(names))
     return repo_id, names
 
 
@@ -805,7 +823,7 @@ def announce_downloads(config, fetchers):
     repo_id, name = absent[0].args
     url = hf_hub_url(repo_id, name, repo_type="dataset")
     with contextlib.suppress(Exception):  # a courtesy: whatever is wrong, the download itself will say
-        size = get_hf_file_metadata(url, token=get_secret("HF_TOKEN"), timeout=10).size
+        size = get_hf_file_metadata(url, token=hub_token(), timeout=10).size
         total = size * len(absent)
         print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
         print(f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, fetched ahead of use")
@@ -2047,6 +2065,8 @@ def train(config):
             if last or due(done, config.eval_interval):
                 with log.paused(state):
                     if last or not batches:  # the last evaluation takes more of the shard
+                        if validation.done() and validation.exception():
+                            validation = in_background(lambda: check_shard(fetch_validation()))  # a second chance
                         amount = config.final_eval_tokens if last else config.eval_tokens
                         batches = validation_batches(config, tokenizer, validation.result(), amount)
                     result = evaluate(config, state.params, batches)

@@ -4,18 +4,13 @@ import base64
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.hub_server import HubServer
-
 FILES = ("tokenizer.tiktoken", "tokenizer.json")
-FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
 
 
 @pytest.fixture(scope="module")
@@ -272,102 +267,3 @@ def test_an_interrupted_save_is_not_taken_for_a_tokenizer(nb, tmp_path, home, mo
         patch.setattr(nb.json, "dumps", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         nb.find_tokenizer(config, first)
     assert nb.find_tokenizer(config, first).n_vocab == 300
-
-
-# ---- the Hub
-
-PROLOGUE = """
-import json, sys
-from tools.notebooks import load
-
-nb, answers = load(sys.argv[1]), {}
-config = nb.Config.demo().replace(dataset="karpathy/fineweb-edu-100b-shuffle", num_shards=1, vocab_size=300)
-(first, *_), validation = nb.list_shards(config)
-
-def message(call):
-    try:
-        return f"no error, but {call()}"
-    except nb.InputError as error:
-        return str(error)
-"""
-
-
-def in_a_process_of_its_own(root, env, code):
-    """What `code` puts into `answers`, and the lines that it prints before."""
-    code = f"{PROLOGUE}\n{code}\nprint(json.dumps(answers))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root / "02_train.py")],
-        cwd=root, env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    *printed, answers = done.stdout.splitlines()
-    return json.loads(answers), printed
-
-
-@pytest.fixture
-def hub(tmp_path, folder):
-    """A Hub with the first and the last shard of FineWeb-Edu, and two repos of a user, one of them with a tokenizer."""
-    shards = {f"shard_{i:05d}.parquet": shard(tmp_path / "hub" / f"{i}.parquet", i).read_bytes() for i in (0, 1822)}
-    files = {f"/datasets/{FINEWEB}/resolve/main/{name}": data for name, data in shards.items()}
-    files |= {f"/me/mine/resolve/main/tokenizer/{name}": (folder / name).read_bytes() for name in FILES}
-    files["/me/other/resolve/main/README.md"] = b"no tokenizer here"
-    with HubServer(files) as server:
-        yield server
-
-
-def test_hub_shards(root, hub, tmp_path):
-    """What is asked for is downloaded, and once; a tokenizer is trained on the first shard, and once; what is not there
-    is an error that names it."""
-    code = """
-answers["names"] = [nb.check_shard(fetch()).name for fetch in (first, validation, first)]
-answers["sizes"] = [nb.find_tokenizer(config, first()).n_vocab for _ in range(2)]
-(_, second), _ = nb.list_shards(config.replace(num_shards=2))
-answers["missing shard"] = message(second)
-answers["no such repo"] = message(lambda: nb.hub_download("me/none", "shard_00000.parquet"))
-answers["no repo name"] = message(lambda: nb.hub_download("not a repo", "shard_00000.parquet"))
-"""
-    answers, printed = in_a_process_of_its_own(root, hub.environment(tmp_path), code)
-    assert answers["names"] == ["shard_00000.parquet", "shard_01822.parquet", "shard_00000.parquet"]
-    got = [path.split("/")[-1] for method, path in hub.requests if method == "GET" and path in hub.files]
-    assert got == answers["names"][:2]
-    assert answers["sizes"] == [300, 300]
-    training = [line for line in printed if "training" in line]
-    assert training == ["training a tokenizer of 300 tokens on shard_00000.parquet"]
-    for case, words in {
-        "missing shard": ["shard_00001.parquet", FINEWEB, "404"],
-        "no such repo": ["shard_00000.parquet", "me/none"],
-        "no repo name": ["shard_00000.parquet", "not a repo"],
-    }.items():
-        said = answers[case]
-        assert said.startswith("cannot get") and all(word in said for word in words) and "\n" not in said, said
-
-
-def test_hub_tokenizer(root, hub, folder, tmp_path):
-    """The user's Hub repo comes before training, and before what an earlier run had trained. A repo without a tokenizer
-    is no obstacle; a repo that is not there is a mistake."""
-    code = """
-mine = config.replace(vocab_size=4096, hf_repo_id="me/mine")
-nb.save_tokenizer(nb.find_tokenizer(mine, first()), nb.Path.home() / "found")
-answers["small"] = message(lambda: nb.find_tokenizer(mine.replace(vocab_size=300), first()))
-nb.find_tokenizer(config, first())
-answers["after training"] = message(lambda: nb.find_tokenizer(mine.replace(vocab_size=300), first()))
-answers["wrong name"] = message(lambda: nb.find_tokenizer(config.replace(hf_repo_id="me/none"), first()))
-answers["other"] = nb.find_tokenizer(config.replace(hf_repo_id="me/other", vocab_size=310), first()).n_vocab
-"""
-    answers, _ = in_a_process_of_its_own(root, hub.environment(tmp_path), code)
-    assert same_files(folder, tmp_path / "found")
-    assert "vocab_size=300" in answers["small"] and "4096 tokens" in answers["small"]
-    assert answers["after training"] == answers["small"]
-    assert "cannot get" in answers["wrong name"] and "me/none" in answers["wrong name"]
-    assert answers["other"] == 310
-
-
-def test_hub_offline(root, hub, tmp_path):
-    """What was downloaded serves without the Hub; what was not is an error that says so."""
-    env = hub.environment(tmp_path)
-    in_a_process_of_its_own(root, env, "first()")
-    seen = len(hub.requests)
-    code = "answers['there'] = first().name; answers['not there'] = message(validation)"
-    answers, _ = in_a_process_of_its_own(root, env | {"HF_HUB_OFFLINE": "1"}, code)
-    assert answers["there"] == "shard_00000.parquet" and len(hub.requests) == seen
-    assert "cannot get shard_01822.parquet" in answers["not there"] and "HF_HUB_OFFLINE" in answers["not there"]

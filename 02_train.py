@@ -69,15 +69,18 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import lzma
 import math
 import os
+import platform
 import queue
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -91,6 +94,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 # %% Environment tags=["shared"]
@@ -2004,6 +2008,473 @@ class RunLog:
 
 
 # %% [markdown]
+# ## Preflight
+#
+# The TPU's compiler is a Python package, `libtpu`, and it compiles on any x86-64 Linux machine. So whether a step fits
+# a chip, how fast it will be and what the run will cost are questions for a free CPU runtime, before a credit is spent:
+# `preflight(Config(), "v6e")` compiles the exact train step for a chip that is not there, and reads the answer from
+# the compiled program.
+#
+# Memory is the compiler's own figure, and it is exact: a program that is too large fails here as it would on the chip.
+# Time is an estimate, made from the schedule, one instruction after the other:
+#
+# - the compiler writes its estimate, in cycles, beside each fusion; where the bytes that the fusion moves to and from
+#   HBM would take longer at 90% of the bandwidth, that counts (the compiler is too optimistic about AdamW);
+# - what it copies between HBM and VMEM meanwhile costs only what does not fit beside the arithmetic;
+# - Pallas kernels carry no estimate. Splash attention is counted from the length of its own instruction schedule: so
+#   many cycles for each active block, and half a microsecond at least for each step of its grid.
+#
+# `benchmarks/preflight.py` compares this with published measurements on real chips: see the README for how far it is
+# off. Trust it to the percent when two versions of a step are compared, and to that error when it names a price.
+
+
+# %% Chips and prices tags=["shared"]
+class Chip(NamedTuple):
+    """What preflight must know of a TPU."""
+
+    kind: str  # jax's device_kind
+    hbm: float  # bytes that a program can use
+    bandwidth: float  # bytes/s
+    clock: float  # Hz, of the compiler's cycles
+    credits: float | None  # Colab compute units for an hour
+
+
+CHIPS = {
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None),
+}
+DOLLARS_PER_CREDIT = 50 / 600
+
+
+# %% Compile for a chip tags=["shared"]
+def load_libtpu():
+    """Makes the TPU's compiler available where there is no TPU. InputError if this machine cannot run it."""
+    system = f"{platform.system()} on {platform.machine()}"
+    if system != "Linux on x86_64":
+        raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
+    if importlib.util.find_spec("libtpu") is None:
+        if not IN_NOTEBOOK:
+            raise InputError("preflight: the TPU's compiler is not installed: pip install libtpu")
+        print("installing libtpu")
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "libtpu"], check=True)
+    # Read when libtpu is loaded: nobody is asked what TPU this is, and other processes may load it, too.
+    load_libtpu.done = True
+    for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v6e-1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
+def chip_device(chip):
+    """The device to compile for: the real one if it is there, else one of a TPU that exists on paper."""
+    if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:  # no TPU here: before jax looks for one
+        load_libtpu()
+    if jax.devices()[0].device_kind == CHIPS[chip].kind:
+        return jax.devices()[0]
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(topology_name=f"{chip}:1x1", platform="tpu").devices[0]
+
+
+def compile_step(config, chip):
+    """The train step of `config`, compiled for `chip`. Raises jax.errors.JaxRuntimeError with the compiler's reason."""
+    place = jax.sharding.SingleDeviceSharding(chip_device(chip))
+    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
+    abstract = jax.eval_shape(lambda: init_train_state(config)), tokens, tokens
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+    cached = jax.config.jax_enable_compilation_cache  # a program for a chip on paper can be written, but not read back
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        return train_step.lower(config, *args).compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
+
+
+def reason(error):
+    """(one sentence that says why a program does not compile, bytes that HBM lacks or None)."""
+    text = str(error)
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
+        need, available = float(hbm[1]) * unit[hbm[2]], float(hbm[3]) * unit[hbm[4]]
+        return (
+            f"out of HBM by {(need - available) / 2**30:.2f} GiB: needs {need / 2**30:.2f} of {available / 2**30:.2f}",
+            need,
+        )
+    if vmem := re.search(r"vmem.*?%(\S+) = .*?size ([\d.]+\w) and limit ([\d.]+\w)", text, re.S):
+        return f"over VMEM in the kernel {vmem[1]}: {vmem[2]} of {vmem[3]}; try a smaller splash_block_size", None
+    return " ".join(line for line in text.splitlines() if line.strip())[:300], None
+
+
+# %% Read the schedule tags=["shared"]
+NO_ESTIMATE = 2**64 - 1
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
+NO_WORK = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier"}
+
+
+class Instruction(NamedTuple):
+    """One line of a compiled program."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list
+    rest: str
+
+
+class Op(NamedTuple):
+    """An instruction as the chip meets it, `times` times a step."""
+
+    name: str
+    opcode: str
+    scope: str  # jax's op_name, with the named scopes
+    times: int
+    cycles: int  # the compiler's estimate, 0 where it has none
+    traffic: float  # bytes to and from HBM
+    matmul_flops: float  # of matmuls between bfloat16 operands
+    operands: list
+    rest: str
+
+
+def hbm_bytes(shape):
+    """Bytes of an HLO shape, tuple or not, that lie in HBM; what the compiler keeps in VMEM is marked S(1)."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
+    return sum(
+        ITEM_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims, layout in arrays
+        if dtype in ITEM_BYTES and not re.search(r"S\([1-9]\)", layout)
+    )
+
+
+def read_program(text):
+    """({computation: [Instruction]}, name of the entry) of the text of a compiled program."""
+    found, entry = {}, None
+    for line in text.split("\n"):
+        if head := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            body = found[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif found and (match := INSTRUCTION.match(line)):
+            name, shape, opcode, rest = match.groups()
+            body.append(Instruction(name, shape, opcode, re.findall(r"%([^\s,)]+)", rest.split("), ")[0]), rest))
+        elif found and body and line != "}":  # an instruction goes over several lines where it carries a kernel
+            body[-1] = body[-1]._replace(rest=body[-1].rest + line)
+    return found, entry
+
+
+def traffic(program, shapes, instruction):
+    """Bytes that an instruction reads from HBM and writes to it: of a table that it only gathers rows from, the rows;
+    of an array that it updates in place, the update."""
+    sizes = [hbm_bytes(shapes.get(operand, "")) for operand in instruction.operands]
+    result = hbm_bytes(instruction.shape)
+    if called := re.search(r"calls=%([^\s,]+)", instruction.rest):
+        body = program[called[1]]
+        inner = {x.name: x.shape for x in body}
+        for parameter in (x for x in body if x.opcode == "parameter"):
+            i, users = int(parameter.rest.split(")")[0]), [x for x in body if parameter.name in x.operands]
+            if not users or not sizes[i] or any(x.operands[0] != parameter.name for x in users):
+                continue
+            if all(x.opcode in ("gather", "dynamic-slice") for x in users):
+                sizes[i] = min(sizes[i], sum(hbm_bytes(re.sub(r"S\(\d\)", "", x.shape)) for x in users))
+            if all(x.opcode == "dynamic-update-slice" for x in users):
+                result = min(result, sum(hbm_bytes(inner[x.operands[1]]) for x in users))
+                sizes[i] = 0
+    return sum(sizes) + result
+
+
+def matmul_flops(program, instruction):
+    """FLOPs of the matmuls, on a TPU they are convolutions, of bfloat16 operands inside a fusion; else 0.
+
+    Of [M, K], [K, N] → [M, N] the product of all three sizes is (M·K·N)², whatever the layout. (A batched matmul counts
+    too much by that; op_seconds takes no more than the compiler's estimate.)
+    """
+    called = re.search(r"calls=%([^\s,]+)", instruction.rest)
+    body = program[called[1]] if called else []
+    shapes, flops = {x.name: x.shape for x in body}, 0.0
+    for x in body:
+        if x.opcode in ("convolution", "dot"):
+            arrays = [re.match(r"(\w+)\[([\d,]*)\]", shape) for shape in (x.shape, *(shapes[o] for o in x.operands))]
+            if all(array[1] == "bf16" for array in arrays[1:]):
+                flops += 2 * math.sqrt(math.prod(int(n) for array in arrays for n in array[2].split(",") if n))
+        elif x.opcode == "fusion":
+            flops += matmul_flops(program, x)
+    return flops
+
+
+def schedule(text):
+    """[Op] of a compiled program in the order in which they run, those in loops with how often."""
+    program, entry = read_program(text)
+
+    def walk(name, times):
+        shapes = {x.name: x.shape for x in program[name]}
+        for x in program[name]:
+            if x.opcode == "while":
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', x.rest)
+                condition = program[re.search(r"condition=%([^\s,]+)", x.rest)[1]]
+                bounds = [int(c.rest.split(")")[0]) for c in condition if re.match(r"\d+\)", c.rest)]
+                body = re.search(r"body=%([^\s,]+)", x.rest)[1]
+                yield from walk(body, times * (int(trips[1]) if trips else max(bounds)))
+            elif x.opcode not in NO_WORK:
+                scope = re.search(r'op_name="([^"]*)"', x.rest)
+                cycles = re.search(r'"estimated_cycles":"(\d+)"', x.rest)
+                cycles = int(cycles[1]) if cycles and int(cycles[1]) != NO_ESTIMATE else 0
+                scope = scope[1] if scope else ""
+                moved, flops = traffic(program, shapes, x), matmul_flops(program, x)
+                yield Op(x.name, x.opcode, scope, times, cycles, moved, flops, x.operands, x.rest)
+
+    return list(walk(entry, 1))
+
+
+# %% Splash kernels tags=["shared"]
+# Cycles that an active block takes by the kernel's own instruction schedule (benchmarks/kernel_cycles.py), for blocks
+# of 128, 256, 512 and 1024 tokens at head_dim 128 and 256; bfloat16, T=2048. 64 costs what 128 does.
+BLOCK_SIZES = 128, 256, 512, 1024
+BLOCK_CYCLES = {
+    ("v6e", "fwd"): {128: (233, 563, 912, 3482), 256: (326, 596, 962, 3566)},
+    ("v6e", "dkv"): {128: (237, 654, 1275, 4517), 256: (370, 715, 1327, 4588)},
+    ("v6e", "dq"): {128: (197, 458, 1009, 3624), 256: (274, 490, 1041, 3799)},
+    ("v5e", "fwd"): {128: (254, 508, 1188, 4796), 256: (367, 622, 2151, 8650)},
+    ("v5e", "dkv"): {128: (238, 725, 1860, 6950), 256: (417, 1021, 3769, 14368)},
+    ("v5e", "dq"): {128: (244, 521, 1467, 5671), 256: (345, 801, 2997, 11485)},
+}  # fmt: skip
+WINDOW_FACTOR = {  # the mask of a window has one comparison more: blocks of 512 and 1024; smaller ones do not show it
+    ("v6e", "fwd"): (1.11, 1.36), ("v6e", "dkv"): (1.13, 1.07), ("v6e", "dq"): (1.18, 1.16),
+    ("v5e", "fwd"): (1.00, 1.07), ("v5e", "dkv"): (1.03, 1.02), ("v5e", "dq"): (1.02, 1.03),
+}  # fmt: skip
+STEP_CYCLES = {"v6e": 255, "v5e": 215}  # of a step of the grid, whether or not its block is active
+ROW_CYCLES = {  # for each token of a row of blocks: its start and its end
+    ("v6e", "fwd"): 0.5, ("v6e", "dkv"): 0.25, ("v6e", "dq"): 0.13,
+    ("v5e", "fwd"): 1.0, ("v5e", "dkv"): 0.45, ("v5e", "dq"): 0.22,
+}  # fmt: skip
+STEP_SECONDS = 0.5e-6  # the least that a step of the grid takes: from published times with blocks of 128, 256 and 512
+
+
+def splash_seconds(op, chip, windows):
+    """Seconds of one splash kernel, or None if `op` is another kernel."""
+    blocks = {name: int(size) for name, size in re.findall(r'\\"(block_\w+)\\": (\d+)', op.rest)}
+    kernel = next((kind for kind in ("dkv", "dq", "fwd") if f"splash_mha_{kind}" in op.name), None)
+    operands = re.findall(r"(\w+)\[([\d,]+)\]", op.rest.partition("operand_layout_constraints={")[2])
+    if not (kernel and blocks and operands):
+        return None
+    grid = [int(n) for n in operands[0][1].split(",")]  # the mask: what blocks there are, the width of a row of them
+    dtype, *heads, T, H = next((d, *map(int, s.split(","))) for d, s in operands if d in ("bf16", "f32"))
+    suffix = "" if kernel == "fwd" else f"_{kernel}"
+    block_q, block_kv = blocks["block_q" + suffix], blocks["block_kv" + suffix]
+    layer = re.search(r"layer_(\d+)", op.scope)
+    window = windows[int(layer[1])] if layer else max(windows)
+    active = sum(
+        q + block_q - 1 >= kv and q - (kv + block_kv - 1) <= window  # some query of the block sees some key of it
+        for q in range(0, T, block_q)
+        for kv in range(0, T, block_kv)
+    )
+    i = min(range(4), key=lambda i: abs(math.log(block_q * block_kv / BLOCK_SIZES[i] ** 2)))
+    cycles = BLOCK_CYCLES[chip, kernel][256 if H > 192 else 128][i] * block_q * block_kv / BLOCK_SIZES[i] ** 2
+    if window < T and i >= 2:
+        cycles *= WINDOW_FACTOR[chip, kernel][i - 2]
+    clock, steps = CHIPS[chip].clock, math.prod(grid[-2:])
+    busy = max((STEP_CYCLES[chip] + cycles) / clock, STEP_SECONDS)
+    idle = max(STEP_CYCLES[chip] / clock, STEP_SECONDS)
+    row = ROW_CYCLES[chip, kernel] * T / clock  # all rows of blocks
+    return math.prod(heads) * (active * busy + max(0, steps - active) * idle + row)
+
+
+# %% Estimate tags=["shared"]
+REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published matmuls reach 68 to 70% of a v6e's peak
+
+
+def component(op):
+    """(component, 'forward' | 'backward') of an op, by its named scopes."""
+    direction = "backward" if re.search(r"transpose\(|rematted", op.scope) else "forward"
+    if op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
+        return "attention kernel", "backward" if re.search("dkv|dq|bwd", op.name) else direction
+    scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
+    found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
+    names = {"lm_head": "head and loss", "loss": "head and loss", "attn": "attention", "embed": "embedding"}
+    return names.get(found, found if found != "mlp" else "MLP"), direction
+
+
+def op_seconds(op, chip):
+    """Seconds of an op that runs by itself: the slowest of HBM, matrix unit and vector unit.
+
+    The compiler adds a matmul's epilogue to the matmul. On the chip the two overlap where the operands are bfloat16.
+    """
+    cycles = op.cycles / CHIPS[chip].clock
+    matmul = min(op.matmul_flops / (REACHED_MATMUL * peak_flops(CHIPS[chip].kind)), cycles)
+    return max(op.traffic / (REACHED_BANDWIDTH * CHIPS[chip].bandwidth), matmul, cycles - matmul)
+
+
+def estimate(text, chip, windows):
+    """({(component, direction): seconds}, [names of kernels that could not be counted]) of a compiled program."""
+    parts, unknown = collections.Counter(), []
+    for op in schedule(text):
+        if re.search("-(start|done|update)$", op.opcode):  # copies beside the arithmetic
+            continue
+        if "tpu_custom_call" in op.rest:
+            seconds = splash_seconds(op, chip, windows)
+            if seconds is None:
+                unknown.append(op.name)
+                seconds = op_seconds(op, chip)  # its bytes alone
+        else:
+            seconds = op_seconds(op, chip)
+        parts[component(op)] += op.times * seconds
+    return parts, unknown
+
+
+# %% Report tags=["shared"]
+def describe_memory(config, chip, compiled):
+    """Prints the peak of the step, and what the compiler tells about its parts; returns it, in bytes."""
+    memory = compiled.memory_analysis()
+    weights = 4 * count_params(config)["total"]
+    parts = {"weights": weights, "moments": 2 * weights}
+    parts["the rest of the arguments"] = memory.argument_size_in_bytes - 3 * weights
+    if config.grad_accum_steps > 1:
+        parts["accumulated gradients"] = weights
+    parts["activations, gradients, bfloat16 weights"] = memory.peak_memory_in_bytes - sum(parts.values())
+    split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
+    print(
+        f"memory  {memory.peak_memory_in_bytes / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} at its peak: {split}"
+    )
+    return memory.peak_memory_in_bytes
+
+
+def describe_time(config, chip, seconds):
+    """Prints what an estimated step of `seconds` means for the run; returns tokens per second and MFU."""
+    kind, steps = CHIPS[chip].kind, config.total_steps
+    rate, hours = config.tokens_per_step / seconds, steps * seconds / 3600
+    mfu = flops_per_token(config) * rate / peak_flops(kind)
+    print(
+        f"time    {seconds * 1e3:.1f} ms a step of {config.tokens_per_step:,} tokens: {rate:,.0f} tok/s, MFU {mfu:.1%}"
+    )
+    print(f"        (6 FLOPs a matmul weight, 12·N·H a visible key; of {peak_flops(kind) / 1e12:.0f} TFLOP/s)")
+    run = f"run     {steps:,} steps, {steps * config.tokens_per_step / 1e9:,.2f}B tokens: {format_time(3600 * hours)}"
+    if CHIPS[chip].credits:
+        credits = hours * CHIPS[chip].credits
+        run += f", {credits:,.1f} credits, ${credits * DOLLARS_PER_CREDIT:,.2f}"
+    print(f"{run}; evaluations, samples and compilation not included")
+    return rate, mfu
+
+
+def describe_parts(parts, unknown):
+    """Prints the table of time per component."""
+    total = sum(parts.values())
+    rows = collections.defaultdict(dict)
+    for (name, direction), seconds in parts.items():
+        rows[name][direction] = seconds
+    print(f"{'ms':>24} {'forward':>9} {'backward':>9} {'share':>7}")
+    for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
+        forward, backward = (row.get(direction, 0) for direction in ("forward", "backward"))
+        print(f"{name:>24} {1e3 * forward:9.2f} {1e3 * backward:9.2f} {(forward + backward) / total:7.1%}")
+    print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
+    print("splash attention is counted from its static schedule; copies that run beside arithmetic are not counted")
+    if unknown:
+        print(f"NOT counted but for their bytes: the kernels {', '.join(sorted(unknown)[:4])}, {len(unknown)} in all")
+
+
+def plot_parts(parts, title, path):
+    """Horizontal bars of milliseconds per component, forward and backward, saved to `path`."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for name, _ in parts}, key=lambda name: sum(s for (n, _), s in parts.items() if n == name))
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes, left = figure.subplots(), np.zeros(len(names))
+    for direction in ("forward", "backward"):
+        width = np.array([1e3 * parts.get((name, direction), 0) for name in names])
+        axes.barh(names, width, left=left, label=direction)
+        left += width
+    axes.set_xlabel("ms a step, estimate")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+# %% What would fit tags=["shared"]
+def largest_batch(config, chip, needed):
+    """The largest device_batch_size that fits and keeps the tokens of a step, found by compiling; None if not even 1.
+
+    `needed`: bytes that the one which did not fit would have taken, to begin near the answer; or None.
+    """
+    rows = config.tokens_per_step // config.seq_len
+    sizes = [b for b in range(config.device_batch_size - 1, 0, -1) if rows % b == 0]
+
+    def fits(b):
+        print(f"        device_batch_size={b} …", end=" ", flush=True)
+        try:
+            compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), chip)
+        except jax.errors.JaxRuntimeError as error:
+            print(reason(error)[0])
+            return False
+        print("fits")
+        return True
+
+    guess = config.device_batch_size * CHIPS[chip].hbm / needed if needed else config.device_batch_size / 2
+    i = next((i for i, b in enumerate(sizes) if b <= guess), len(sizes) - 1)
+    if not sizes:
+        return None
+    if fits(sizes[i]):
+        while i > 0 and fits(sizes[i - 1]):
+            i -= 1
+        return sizes[i]
+    return next((b for b in sizes[i + 1 :] if fits(b)), None)
+
+
+# %% Preflight tags=["shared"]
+def preflight(config, chip="v6e"):
+    """Compiles the train step for `chip` and prints whether it fits, how fast it will be and what the run will cost.
+
+    Returns {'fits', 'reason'} and, if it fits, {'peak': bytes, 'seconds': of a step, 'tokens_per_second', 'mfu',
+    'parts': {(component, direction): seconds}, 'unknown': [kernels that were not counted], 'picture': path}, else
+    {'device_batch_size': the largest that fits, or None}. InputError if this machine cannot compile for a TPU.
+    """
+    require(chip in CHIPS, "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
+    started = time.perf_counter()
+    counts = count_params(config)["total"]
+    print(f"preflight on {chip}: {counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens "
+          f"× {config.grad_accum_steps} a step", flush=True)  # fmt: skip
+    try:
+        compiled = compile_step(config, chip)
+    except jax.errors.JaxRuntimeError as error:
+        why, needed = reason(error)
+        print(f"does not compile: {why}")
+        batch = largest_batch(config, chip, needed) if "HBM" in why else None
+        if batch:
+            print(f"what fits: device_batch_size={batch}, total_batch_size={config.tokens_per_step}: the same step in "
+                  f"{config.tokens_per_step // config.seq_len // batch} parts")  # fmt: skip
+        return {"fits": False, "reason": why, "device_batch_size": batch}
+    print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
+    peak = describe_memory(config, chip, compiled)
+    parts, unknown = estimate(compiled.as_text(), chip, config.windows)
+    seconds = sum(parts.values())
+    rate, mfu = describe_time(config, chip, seconds)
+    describe_parts(parts, unknown)
+    title = f"{chip}: {seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
+    picture = plot_parts(parts, title, Path(config.run_dir).parent / f"preflight-{chip}.png")
+    print(f"picture {picture}", flush=True)
+    return {
+        "fits": True, "reason": "", "peak": peak, "seconds": seconds, "tokens_per_second": rate, "mfu": mfu,
+        "parts": dict(parts), "unknown": unknown, "picture": picture,
+    }  # fmt: skip
+
+
+# %% Preflight from the command line tags=["shared"]
+def preflight_option(argv):
+    """([chips], the other options): `--preflight v6e`, `--preflight=v5e` or `--preflight all`."""
+    chips, rest = [], []
+    for option in (words := iter(argv)):
+        name, _, value = option.partition("=")
+        if name != "--preflight":
+            rest.append(option)
+            continue
+        chip = value or next(words, "")
+        require(chip in (*CHIPS, "all"), "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
+        chips += [chip] if chip in CHIPS else list(CHIPS)
+    return chips, rest
+
+
+# %% [markdown]
 # ## Train
 #
 # All pieces in their order. What can be wrong with the Config, the shards, the tokenizer or the run folder is found
@@ -2039,6 +2510,9 @@ def train(config):
 
     batches = None
     traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
+    if traced and getattr(load_libtpu, "done", False) and jax.__version_info__ < (0, 11):
+        traced = ()
+        print("profile none: after a preflight in the same process jax's profiler would crash; restart to trace")
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
@@ -2119,10 +2593,22 @@ def show_summary(summary):
 # `python 02_train.py --n_head 4 --num_iterations 200`.
 
 # %% Configure tags=["run"]
-config = Config.for_device()
-if not IN_NOTEBOOK:
+with one_line_errors():
+    chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
+    config = parse_args(options, Config() if chips else Config.for_device())
+
+# %% [markdown]
+# Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
+# As a script: `python 02_train.py --preflight v6e`, with other options as you like.
+
+# %% Ask the compiler tags=["run"]
+PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
+if PREFLIGHT:
+    preflight(Config(), PREFLIGHT)
+if chips:
     with one_line_errors():
-        config = parse_args(sys.argv[1:], config)
+        reports = [preflight(config, chip) for chip in chips]
+    raise SystemExit(not all(report["fits"] for report in reports))
 
 # %% Train it tags=["run"]
 with one_line_errors():

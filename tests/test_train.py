@@ -157,10 +157,11 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tmp_path, mon
         pq.write_table(pa.table({"text": ["some words " * 100] * 40}), path)
         return path
 
-    later = iter([broken])  # the second shard is good when the run starts, and is gone when it is read
+    later = iter([broken, broken])  # the second shard: when it is fetched ahead of use, and when it is needed
     monkeypatch.setattr(
         nb, "list_shards", lambda config: ([short_shard, lambda: next(later, short_shard)()], validation)
     )
+    monkeypatch.setattr(nb, "announce_downloads", lambda *_: None)
     monkeypatch.setattr(nb, "find_tokenizer", lambda *_: nb.load_tokenizer(ROOT / "data/embedded/tokenizer"))
     config = tiny(
         nb, tmp_path / "run", dataset="karpathy/fineweb-edu-100b-shuffle", num_iterations=1000, save_interval=2
@@ -203,7 +204,7 @@ def test_a_metrics_line_cut_short_is_dropped(nb, tmp_path):
 def test_the_notebook_runs_in_a_real_kernel(tmp_path):
     """02_train.ipynb, all cells top to bottom in Jupyter, with a Config of a few steps."""
     notebook = nbformat.read(ROOT / "02_train.ipynb", 4)
-    (cell,) = (cell for cell in notebook.cells if "config = Config.for_device()" in cell.source)
+    (cell,) = (cell for cell in notebook.cells if "else Config.for_device())" in cell.source)
     changes = {**TINY, "run_dir": str(tmp_path / "run"), "dataset": str(ROOT / "data" / "embedded")}
     cell.source += f"\nconfig = config.replace(**{changes!r})"
     (tmp_path / "02_train.ipynb").write_text(nbformat.writes(notebook))

@@ -219,11 +219,11 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def parse_args(argv, config):
+def parse_args(argv, config, epilog=""):
     """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
     parser = argparse.ArgumentParser(
         description="Every option is a Config field; without options the Config fits the machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, epilog=epilog,
     )  # fmt: skip
 
     def refuse(message):  # argparse would print the usage, a screenful

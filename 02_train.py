@@ -385,11 +385,11 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def parse_args(argv, config):
+def parse_args(argv, config, epilog=""):
     """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
     parser = argparse.ArgumentParser(
         description="Every option is a Config field; without options the Config fits the machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, epilog=epilog,
     )  # fmt: skip
 
     def refuse(message):  # argparse would print the usage, a screenful
@@ -2098,11 +2098,8 @@ def reason(error):
     text = str(error)
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
-        need, available = float(hbm[1]) * unit[hbm[2]], float(hbm[3]) * unit[hbm[4]]
-        return (
-            f"out of HBM by {(need - available) / 2**30:.2f} GiB: needs {need / 2**30:.2f} of {available / 2**30:.2f}",
-            need,
-        )
+        need, available = float(hbm[1]) * unit[hbm[2]] / 2**30, float(hbm[3]) * unit[hbm[4]] / 2**30
+        return f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB", need * 2**30
     if vmem := re.search(r"vmem.*?%(\S+) = .*?size ([\d.]+\w) and limit ([\d.]+\w)", text, re.S):
         return f"over VMEM in the kernel {vmem[1]}: {vmem[2]} of {vmem[3]}; try a smaller splash_block_size", None
     return " ".join(line for line in text.splitlines() if line.strip())[:300], None
@@ -2595,7 +2592,8 @@ def show_summary(summary):
 # %% Configure tags=["run"]
 with one_line_errors():
     chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
-    config = parse_args(options, Config() if chips else Config.for_device())
+    default = Config() if chips else Config.for_device()
+    config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
 
 # %% [markdown]
 # Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
@@ -2604,7 +2602,11 @@ with one_line_errors():
 # %% Ask the compiler tags=["run"]
 PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
 if PREFLIGHT:
-    preflight(Config(), PREFLIGHT)
+    from IPython.display import Image, display
+
+    report = preflight(Config(), PREFLIGHT)
+    if report["fits"]:
+        display(Image(str(report["picture"])))
 if chips:
     with one_line_errors():
         reports = [preflight(config, chip) for chip in chips]

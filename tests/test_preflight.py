@@ -1,0 +1,261 @@
+# ruff: noqa: E501  the lines of a compiled program are long
+"""preflight: reads a compiled program right, and says in one line what is wrong. Real compiles run in processes of
+their own: once libtpu is loaded where there is no TPU, jax.profiler may crash the process."""
+
+import importlib.util
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+HAS_COMPILER = platform.system() == "Linux" and platform.machine() == "x86_64" and importlib.util.find_spec("libtpu")
+SMALL = (
+    "--n_head=1", "--head_dim=128", "--aspect_ratio=64", "--vocab_size=512", "--seq_len=256", "--splash_block_size=128",
+)  # fmt: skip
+
+
+def script(cwd, *options):
+    env = {**os.environ, "HOME": str(cwd)}
+    command = [sys.executable, str(ROOT / "02_train.py"), *options]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+# ---- the report, from the real compiler
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is for Linux on x86_64")
+def test_the_report(tmp_path):
+    """Everything that a person is promised, for both chips, and nothing is trained or left behind but pictures."""
+    done = script(tmp_path, "--preflight", "all", *SMALL, "--device_batch_size=2", "--total_batch_size=2048")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr.strip()  # libtpu's talk of TPU_WORKER_HOSTNAMES is not for the user
+    for chip, hbm in (("v6e", "31.25"), ("v5e", "15.75")):
+        report = done.stdout.partition(f"preflight on {chip}")[2].partition("picture")[0]
+        assert re.search(rf"memory  [\d.]+ GiB of {hbm} at its peak: .*activations", report)
+        assert re.search(r"time    [\d.]+ ms a step of 2,048 tokens: [\d,]+ tok/s, MFU [\d.]+%", report)
+        assert "6 FLOPs a matmul weight" in report and "2 × 256 tokens × 4 a step" in done.stdout
+        assert ("credits, $" in report) == (chip == "v6e")  # Colab's price of a v5e is not known here
+        rows = re.findall(r"^ +([\w ]+?) +([\d.]+) +([\d.]+) +([\d.]+)%$", report, re.M)
+        assert {"attention", "attention kernel", "MLP", "head and loss", "embedding"} <= {name for name, *_ in rows}
+        assert abs(sum(float(share) for *_, share in rows) - 100) < 0.1 * len(rows)
+        assert "NOT counted" not in report
+    pictures = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert pictures == ["preflight-v5e.png", "preflight-v6e.png"]
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is for Linux on x86_64")
+def test_what_does_not_fit(tmp_path):
+    """Out of HBM: by how much, the largest batch that does fit, found by compiling, and the accumulation for it."""
+    done = script(tmp_path, "--preflight=v5e", *SMALL, "--device_batch_size=65536")
+    assert done.returncode == 1, done.stdout + done.stderr
+    need, have = map(float, re.search(r"out of HBM by .*: needs ([\d.]+) of ([\d.]+) GiB", done.stdout).groups())
+    assert have == 15.75 < need
+    tried = re.findall(r"device_batch_size=(\d+) … (\w+)", done.stdout)
+    assert len(tried) <= 4
+    (fits,) = (int(size) for size, answer in tried if answer == "fits")
+    assert str(2 * fits) in {size for size, answer in tried if answer == "out"}
+    assert f"what fits: device_batch_size={fits}, total_batch_size={65536 * 256}: the same step in" in done.stdout
+    assert f"in {65536 // fits} parts" in done.stdout
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is for Linux on x86_64")
+def test_a_kernel_over_vmem_is_named(tmp_path):
+    options = (
+        "--n_head=1",
+        "--aspect_ratio=128",
+        "--vocab_size=512",
+        "--device_batch_size=1",
+        "--splash_block_size=2048",
+    )
+    done = script(tmp_path, "--preflight=v5e", *options)
+    assert done.returncode == 1 and not done.stderr.strip()
+    assert re.search(r"over VMEM in the kernel splash_mha_fwd\S*: [\d.]+M of 16.00M; try a smaller", done.stdout)
+    assert "what fits" not in done.stdout  # another batch would not help
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preflight", "v7"], ["preflight='v7'", "v6e, v5e, or all"]),
+        (["--preflight"], ["preflight=''", "v6e, v5e, or all"]),
+        (["--preflight=v6e", "--n_haed=3"], ["--n_haed", "did you mean 'n_head'?"]),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path, options, words):
+    done = script(tmp_path, *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and all(word in done.stderr for word in words)
+
+
+def test_where_the_compiler_cannot_run(nb, monkeypatch):
+    """One clear line; training does not need it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(nb.platform, "system", lambda: "Darwin")
+        with pytest.raises(nb.InputError, match="runs on Linux on x86_64, not on Darwin .*; training works here"):
+            nb.load_libtpu()
+    with monkeypatch.context() as patch:
+        patch.setattr(nb.platform, "system", lambda: "Linux")
+        patch.setattr(nb.platform, "machine", lambda: "x86_64")
+        patch.setattr(nb.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(nb.InputError, match="not installed: pip install libtpu"):
+            nb.load_libtpu()
+
+
+def test_chips_from_the_command_line(nb):
+    assert nb.preflight_option(["--n_head", "4"]) == ([], ["--n_head", "4"])
+    assert nb.preflight_option(["--preflight", "v5e", "--n_head=4"]) == (["v5e"], ["--n_head=4"])
+    assert nb.preflight_option(["--preflight=all"]) == (["v6e", "v5e"], [])
+
+
+# ---- reading a program
+
+
+PROGRAM = """\
+HloModule jit_train_step
+
+%fused_matmul (a: bf16[512,256], b: bf16[256,128]) -> f32[512,128] {
+  %a = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[256,128]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %conv = f32[512,128]{1,0:T(8,128)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%fused_gather (table: f32[4096,128], rows: s32[16]) -> f32[16,128] {
+  %table = f32[4096,128]{1,0} parameter(0)
+  %rows = s32[16]{0} parameter(1)
+  ROOT %gather = f32[16,128]{1,0} gather(%table, %rows), slice_sizes={1,128}
+}
+
+%fused_update (whole: f32[64,128], part: f32[1,128], at: s32[]) -> f32[64,128] {
+  %whole = f32[64,128]{1,0} parameter(0)
+  %part = f32[1,128]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %update = f32[64,128]{1,0} dynamic-update-slice(%whole, %part, %at, %at)
+}
+
+%body (x: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
+  %x = (s32[], f32[64,128]{1,0}) parameter(0)
+  %state = f32[64,128]{1,0} get-tuple-element(%x), index=1
+  %small = f32[1,128]{1,0} fusion(%state), kind=kLoop, calls=%fused_x, backend_config={"estimated_cycles":"100"}
+  %zero = s32[] constant(0)
+  %in_place = f32[64,128]{1,0} fusion(%state, %small, %zero), kind=kLoop, calls=%fused_update, backend_config={"estimated_cycles":"10"}
+  ROOT %out = (s32[], f32[64,128]{1,0}) tuple(%zero, %in_place)
+}
+
+%condition (x: (s32[], f32[64,128])) -> pred[] {
+  %x.1 = (s32[], f32[64,128]{1,0}) parameter(0)
+  %limit = s32[] constant(7)
+  ROOT %less = pred[] compare(%x.1, %limit), direction=LT
+}
+
+ENTRY %main (p0: bf16[512,256], p1: bf16[256,128], p2: f32[4096,128], p3: s32[16]) -> f32[512,128] {
+  %p0 = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %p2 = f32[4096,128]{1,0} parameter(2)
+  %p3 = s32[16]{0} parameter(3)
+  %rows = f32[16,128]{1,0} fusion(%p2, %p3), kind=kLoop, calls=%fused_gather, metadata={op_name="jit(train_step)/jvp(embed)/gather"}, backend_config={"estimated_cycles":"18446744073709551615"}
+  %init = (s32[], f32[64,128]{1,0}) tuple(%p3, %p2)
+  %loop = (s32[], f32[64,128]{1,0}) while(%init), condition=%condition, body=%body
+  %copy-start.1 = (f32[64,128]{1,0}, f32[64,128]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%p2)
+  %kernel = (bf16[2,4,2048,128]{3,2,1,0}, f32[2,4,2048,128]{3,2,1,0}) custom-call(%p3, %p3), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,2]{2,1,0}, s8[1,2,2]{2,1,0}, bf16[2,4,2048,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 1024, \\"block_kv\\": 1024}"
+}}, metadata={op_name="jit(train_step)/jvp(layer_01)/attn/splash_mha_fwd/pallas_call"}
+  ROOT %product = f32[512,128]{1,0:T(8,128)} fusion(%p0, %p1), kind=kOutput, calls=%fused_matmul, metadata={op_name="jit(train_step)/transpose(jvp(layer_00))/mlp/dot_general"}, backend_config={"estimated_cycles":"5000"}
+}
+""".replace("calls=%fused_x, ", "")
+
+
+@pytest.fixture
+def ops(nb):
+    return {op.name: op for op in nb.schedule(PROGRAM)}
+
+
+def test_what_runs_and_how_often(ops):
+    assert {name: op.times for name, op in ops.items()} == {
+        "rows": 1, "small": 7, "in_place": 7, "copy-start.1": 1, "kernel": 1, "product": 1,
+    }  # fmt: skip
+    assert ops["product"].cycles == 5000 and ops["small"].cycles == 100
+    assert ops["rows"].cycles == 0  # the compiler's way to say that it does not know
+
+
+def test_traffic(ops):
+    """What lies in VMEM, S(1), costs nothing; of a table only the rows that are read; of an update only the update."""
+    assert ops["product"].traffic == 512 * 256 * 2 + 512 * 128 * 4
+    assert ops["rows"].traffic == 2 * 16 * 128 * 4 + 16 * 4
+    assert ops["in_place"].traffic == 2 * 128 * 4 + 4
+    assert ops["small"].traffic == 64 * 128 * 4 + 128 * 4
+
+
+def test_a_longer_known_trip_count_wins(nb):
+    text = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert {op.name: op.times for op in nb.schedule(text)}["small"] == 9
+
+
+def test_matmul_flops(nb, ops):
+    assert math.isclose(ops["product"].matmul_flops, 2 * 512 * 256 * 128) and ops["rows"].matmul_flops == 0
+    full = PROGRAM.replace("bf16[512,256]", "f32[512,256]")  # float32 operands are not overlapped
+    assert {op.name: op for op in nb.schedule(full)}["product"].matmul_flops == 0
+
+
+def test_components(nb, ops):
+    assert nb.component(ops["product"]) == ("MLP", "backward") and nb.component(ops["rows"]) == ("embedding", "forward")
+    assert nb.component(ops["kernel"]) == ("attention kernel", "forward")
+    scopes = {
+        "jit(train_step)/optimizer/mul": ("optimizer", "forward"),
+        "jit(train_step)/while/body/transpose(jvp(lm_head))/dot": ("head and loss", "backward"),
+        "jit(train_step)/jvp(loss)/log": ("head and loss", "forward"),
+        "jit(train_step)/transpose(jvp(layer_03))/attn/mul": ("attention", "backward"),
+        "jit(train_step)/convert_element_type": ("other", "forward"),
+    }
+    for scope, want in scopes.items():
+        assert nb.component(ops["small"]._replace(scope=scope)) == want
+
+
+def test_seconds_of_an_op(nb, ops):
+    """The slowest of HBM, matrix unit and what is left for the vector unit."""
+    op, chip = ops["small"], nb.CHIPS["v6e"]
+    bandwidth, matmul = nb.REACHED_BANDWIDTH * chip.bandwidth, nb.REACHED_MATMUL * 918e12
+    assert nb.op_seconds(op._replace(cycles=0, traffic=1e9), "v6e") == 1e9 / bandwidth
+    assert nb.op_seconds(op._replace(cycles=10**6, traffic=0), "v6e") == 1e6 / chip.clock
+    flops = 0.9 * 1e6 / chip.clock * matmul  # nine tenths of the estimate are the matmul: its epilogue is hidden
+    op = op._replace(cycles=10**6, traffic=0, matmul_flops=flops)
+    assert math.isclose(nb.op_seconds(op, "v6e"), 0.9 * 1e6 / chip.clock)
+    assert math.isclose(nb.op_seconds(op._replace(matmul_flops=flops / 9), "v6e"), 0.9 * 1e6 / chip.clock)
+    assert nb.op_seconds(op._replace(matmul_flops=9 * flops), "v6e") == 1e6 / chip.clock  # never more than estimated
+
+
+def test_seconds_of_splash(nb, ops):
+    """By hand: 2 sequences × 4 heads, 2 × 2 blocks of 1024, of which causal attention needs 3."""
+    op, clock = ops["kernel"]._replace(name="splash_mha_fwd_residuals.1"), 1.75e9
+    block, step = 3482 / clock, 255 / clock
+    want = 8 * (3 * (block + step) + 1 * 0.5e-6 + 0.5 * 2048 / clock)
+    assert math.isclose(nb.splash_seconds(op, "v6e", [2048, 2048]), want)
+    windowed = 8 * (3 * (1.36 * block + step) + 0.5e-6 + 0.5 * 2048 / clock)
+    assert math.isclose(nb.splash_seconds(op, "v6e", [2048, 1024]), windowed)  # the window of layer 1
+    small = op._replace(rest=op.rest.replace("1024", "128").replace("s8[1,2,2]", "s8[1,16,9]"))
+    want = 8 * (16 * 9 * 0.5e-6 + 0.5 * 2048 / clock)  # 233 + 255 cycles are less than the least time of a step
+    assert math.isclose(nb.splash_seconds(small, "v6e", [2048, 1024]), want)
+    assert nb.splash_seconds(ops["kernel"], "v6e", [2048]) is None
+
+
+def test_a_kernel_that_cannot_be_counted_is_named(nb):
+    parts, unknown = nb.estimate(PROGRAM, "v6e", [2048, 1024])
+    assert unknown == ["kernel"]
+    assert ("attention kernel", "forward") in parts and all(seconds >= 0 for seconds in parts.values())
+    parts, unknown = nb.estimate(PROGRAM.replace("%kernel", "%splash_mha_fwd_residuals.1"), "v6e", [2048, 1024])
+    assert unknown == []
+
+
+def test_reasons(nb):
+    hbm = RuntimeError(
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (31.88G) exceeds available HBM (15.75G). HLO module: jit_train_step.\nSee https://openxla.org"
+    )
+    assert nb.reason(hbm) == ("out of HBM by 16.13 GiB: needs 31.88 of 15.75 GiB", 31.88 * 2**30)
+    other = RuntimeError("INTERNAL: Mosaic failed\n\n  to compile")
+    assert nb.reason(other) == ("INTERNAL: Mosaic failed   to compile", None)

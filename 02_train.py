@@ -82,6 +82,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -89,12 +90,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 # %% Environment tags=["shared"]
@@ -2047,54 +2048,96 @@ DOLLARS_PER_CREDIT = 50 / 600
 
 
 # %% Compile for a chip tags=["shared"]
-def load_libtpu():
-    """Makes the TPU's compiler available where there is no TPU. InputError if this machine cannot run it."""
+# The compiler runs in a process of its own: it may crash (it has), and once it is loaded where there is no TPU, jax's
+# profiler may crash, too. What travels there is the step as StableHLO, what comes back is the program and its memory.
+COMPILER = """
+import json, pathlib, sys
+import jax
+from jax.experimental import topologies
+
+folder, topology, donated = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+step = jax.export.deserialize((folder / "step").read_bytes())
+device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+place = jax.sharding.SingleDeviceSharding(device)
+args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in step.in_avals]
+try:
+    compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=place).lower(*args).compile()
+except jax.errors.JaxRuntimeError as error:
+    (folder / "error").write_text(str(error))
+else:
+    memory = compiled.memory_analysis()
+    names = "peak_memory_in_bytes", "argument_size_in_bytes", "alias_size_in_bytes"
+    (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
+    (folder / "program").write_text(compiled.as_text())
+"""
+COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
+    "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """A train step compiled for a chip: the text of the program, and bytes of its HBM."""
+
+    text: str
+    peak: int
+    arguments: int
+    alias: int  # arguments whose bytes the results take
+
+
+class CompileError(RuntimeError):
+    """The TPU's compiler refuses the step; its own words."""
+
+
+def require_compiler():
+    """InputError if the TPU's compiler cannot run on this machine. In a notebook, what is missing is installed."""
     system = f"{platform.system()} on {platform.machine()}"
     if system != "Linux on x86_64":
         raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
-    if importlib.util.find_spec("libtpu") is None:
-        if not IN_NOTEBOOK:
-            raise InputError("preflight: the TPU's compiler is not installed: pip install libtpu")
-        print("installing libtpu")
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "libtpu"], check=True)
-    # Read when libtpu is loaded: nobody is asked what TPU this is, and other processes may load it, too.
-    load_libtpu.done = True
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v6e-1", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-    }.items():  # fmt: skip
-        os.environ.setdefault(name, value)
-
-
-def chip_device(chip):
-    """The device to compile for: the real one if it is there, else one of a TPU that exists on paper."""
-    if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:  # no TPU here: before jax looks for one
-        load_libtpu()
-    if jax.devices()[0].device_kind == CHIPS[chip].kind:
-        return jax.devices()[0]
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(topology_name=f"{chip}:1x1", platform="tpu").devices[0]
+    missing = [name for name in ("libtpu", "flatbuffers") if importlib.util.find_spec(name) is None]
+    if missing and not IN_NOTEBOOK:
+        raise InputError(f"preflight: the TPU's compiler is not installed: pip install {' '.join(missing)}")
+    if missing:
+        print("installing", *missing)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 
 def compile_step(config, chip):
-    """The train step of `config`, compiled for `chip`. Raises jax.errors.JaxRuntimeError with the compiler's reason."""
-    place = jax.sharding.SingleDeviceSharding(chip_device(chip))
+    """The train step of `config`, Compiled for `chip`. CompileError if the compiler refuses it."""
     tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    abstract = jax.eval_shape(lambda: init_train_state(config)), tokens, tokens
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
-    cached = jax.config.jax_enable_compilation_cache  # a program for a chip on paper can be written, but not read back
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        return train_step.lower(config, *args).compile()
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
-        compilation_cache.reset_cache()
+    leaves, tree = jax.tree.flatten((jax.eval_shape(lambda: init_train_state(config)), tokens, tokens))
+
+    def step(*leaves):
+        return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
+
+    donated = range(len(leaves) - 2)
+    if jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
+        try:
+            compiled = jax.jit(step, donate_argnums=donated).lower(*leaves).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise CompileError(str(error)) from error
+        memory = compiled.memory_analysis()
+        sizes = memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.alias_size_in_bytes
+        return Compiled(compiled.as_text(), *sizes)
+
+    require_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*leaves).serialize())
+        command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(len(donated))]
+        done = subprocess.run(command, env=os.environ | COMPILER_ENVIRONMENT, capture_output=True, text=True)
+        if (folder / "error").exists():
+            raise CompileError((folder / "error").read_text())
+        if done.returncode:
+            fatal = re.search(r"^F\d{4} .*?\] (.*)", done.stderr, re.M)
+            words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
+        return Compiled((folder / "program").read_text(), *json.loads((folder / "memory").read_text()))
 
 
 def reason(error):
-    """(one sentence that says why a program does not compile, bytes that HBM lacks or None)."""
+    """(one sentence that says why a program does not compile, bytes of HBM that it would have taken or None)."""
     text = str(error)
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
     if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
@@ -2322,18 +2365,15 @@ def estimate(text, chip, windows):
 # %% Report tags=["shared"]
 def describe_memory(config, chip, compiled):
     """Prints the peak of the step, and what the compiler tells about its parts; returns it, in bytes."""
-    memory = compiled.memory_analysis()
     weights = 4 * count_params(config)["total"]
     parts = {"weights": weights, "moments": 2 * weights}
-    parts["the rest of the arguments"] = memory.argument_size_in_bytes - 3 * weights
+    parts["the rest of the arguments"] = compiled.arguments - 3 * weights
     if config.grad_accum_steps > 1:
         parts["accumulated gradients"] = weights
-    parts["activations, gradients, bfloat16 weights"] = memory.peak_memory_in_bytes - sum(parts.values())
+    parts["activations, gradients, bfloat16 weights"] = compiled.peak - sum(parts.values())
     split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
-    print(
-        f"memory  {memory.peak_memory_in_bytes / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} at its peak: {split}"
-    )
-    return memory.peak_memory_in_bytes
+    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} at its peak: {split}")
+    return compiled.peak
 
 
 def describe_time(config, chip, seconds):
@@ -2401,7 +2441,7 @@ def largest_batch(config, chip, needed):
         print(f"        device_batch_size={b} …", end=" ", flush=True)
         try:
             compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), chip)
-        except jax.errors.JaxRuntimeError as error:
+        except CompileError as error:
             print(reason(error)[0])
             return False
         print("fits")
@@ -2433,7 +2473,7 @@ def preflight(config, chip="v6e"):
           f"× {config.grad_accum_steps} a step", flush=True)  # fmt: skip
     try:
         compiled = compile_step(config, chip)
-    except jax.errors.JaxRuntimeError as error:
+    except CompileError as error:
         why, needed = reason(error)
         print(f"does not compile: {why}")
         batch = largest_batch(config, chip, needed) if "HBM" in why else None
@@ -2443,7 +2483,7 @@ def preflight(config, chip="v6e"):
         return {"fits": False, "reason": why, "device_batch_size": batch}
     print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
     peak = describe_memory(config, chip, compiled)
-    parts, unknown = estimate(compiled.as_text(), chip, config.windows)
+    parts, unknown = estimate(compiled.text, chip, config.windows)
     seconds = sum(parts.values())
     rate, mfu = describe_time(config, chip, seconds)
     describe_parts(parts, unknown)
@@ -2468,6 +2508,8 @@ def preflight_option(argv):
         chip = value or next(words, "")
         require(chip in (*CHIPS, "all"), "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
         chips += [chip] if chip in CHIPS else list(CHIPS)
+    if chips and not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+        jax.config.update("jax_platforms", "cpu")  # or jax would look for a TPU, and say at length that there is none
     return chips, rest
 
 
@@ -2507,9 +2549,6 @@ def train(config):
 
     batches = None
     traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
-    if traced and getattr(load_libtpu, "done", False) and jax.__version_info__ < (0, 11):
-        traced = ()
-        print("profile none: after a preflight in the same process jax's profiler would crash; restart to trace")
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:

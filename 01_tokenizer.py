@@ -66,6 +66,7 @@ import random
 import re
 import resource
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -697,6 +698,19 @@ def read_documents(path, start=0):
 
 
 # %% Train on shards
+def make_folder(folder):
+    """`folder`, made if it is not there. InputError if it cannot be written to: better now than after the training."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder (run_dir, HOME)"
+        ) from error
+    return folder
+
+
 def fetch_ahead(shards):
     """Yields the local path of each shard, checked, while the next one is on its way."""
     following = [in_background(lambda: check_shard(shards[0]()))]
@@ -715,10 +729,10 @@ def train_on_shards(config):
     expected = count_chars(first) * len(shards)
     if not on_hub(config.dataset):
         expected = sum(count_chars(check_shard(fetch())) for fetch in shards)
+    folder = make_folder(tokenizer_folder(config, first))
     started = time.perf_counter()
     texts = (text for path in fetch_ahead(shards) for _, text in read_documents(path))
     tokenizer = train_tokenizer(texts, config.vocab_size, config.max_chars, config.doc_chars, expected)
-    folder = tokenizer_folder(config, first)
     save_tokenizer(tokenizer, folder)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
@@ -985,6 +999,7 @@ def upload_tokenizer(api, folder, repo_id):
 # %% Configure tags=["run"]
 with one_line_errors():
     config = parse_args([] if IN_NOTEBOOK else sys.argv[1:], Config.for_network())
+    run = make_folder(config.run_dir)
     api = open_repo(config.hf_repo_id)
 print(config)
 
@@ -1015,8 +1030,6 @@ show_compression(rates, tokenizers)
 
 # %% Look at it tags=["run"]
 show_merges(tokenizer)
-run = Path(config.run_dir)
-run.mkdir(parents=True, exist_ok=True)
 plot_compression(rates, run / "compression.png")
 plot_lengths(tokenizer, texts["validation"], run / "token_lengths.png")
 print("pictures:", *run.glob("*.png"))

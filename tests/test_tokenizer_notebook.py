@@ -104,6 +104,7 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
         ("--doc_chars=0", ["doc_chars=0", "positive"]),
         ("--vocab_sise=300", ["--vocab_sise", "did you mean 'vocab_size'?"]),
         ("--dataset=/no/such/folder", ["dataset='/no/such/folder'", "folder of parquet shards"]),
+        ("--run_dir=/proc/nowhere", ["cannot write to /proc/nowhere", "run_dir"]),
         ("--vocab_size=4000000", ["vocab_size=4000000", "yields only", "give more text"]),
     ],
 )

@@ -2103,18 +2103,14 @@ def require_compiler():
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 
-def compile_step(config, chip):
-    """The train step of `config`, Compiled for `chip`. CompileError if the compiler refuses it."""
-    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    leaves, tree = jax.tree.flatten((jax.eval_shape(lambda: init_train_state(config)), tokens, tokens))
+def compile_for(chip, step, args, donated=0):
+    """step(*args), args all arrays, Compiled for `chip`; the first `donated` ones give their bytes to the results.
 
-    def step(*leaves):
-        return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
-
-    donated = range(len(leaves) - 2)
+    CompileError if the compiler refuses it.
+    """
     if jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
         try:
-            compiled = jax.jit(step, donate_argnums=donated).lower(*leaves).compile()
+            compiled = jax.jit(step, donate_argnums=range(donated)).lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             raise CompileError(str(error)) from error
         memory = compiled.memory_analysis()
@@ -2124,8 +2120,8 @@ def compile_step(config, chip):
     require_compiler()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*leaves).serialize())
-        command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(len(donated))]
+        (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
+        command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(donated)]
         done = subprocess.run(command, env=os.environ | COMPILER_ENVIRONMENT, capture_output=True, text=True)
         if (folder / "error").exists():
             raise CompileError((folder / "error").read_text())
@@ -2134,6 +2130,17 @@ def compile_step(config, chip):
             words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
             raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
         return Compiled((folder / "program").read_text(), *json.loads((folder / "memory").read_text()))
+
+
+def compile_step(config, chip):
+    """The train step of `config`, Compiled for `chip`, its state donated. CompileError if the compiler refuses it."""
+    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
+    leaves, tree = jax.tree.flatten((jax.eval_shape(lambda: init_train_state(config)), tokens, tokens))
+
+    def step(*leaves):
+        return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
+
+    return compile_for(chip, step, leaves, donated=len(leaves) - 2)
 
 
 def reason(error):
@@ -2283,7 +2290,7 @@ WINDOW_FACTOR = {  # the mask of a window has one comparison more: blocks of 512
     ("v6e", "fwd"): (1.11, 1.36), ("v6e", "dkv"): (1.13, 1.07), ("v6e", "dq"): (1.18, 1.16),
     ("v5e", "fwd"): (1.00, 1.07), ("v5e", "dkv"): (1.03, 1.02), ("v5e", "dq"): (1.02, 1.03),
 }  # fmt: skip
-STEP_CYCLES = {"v6e": 255, "v5e": 215}  # of a step of the grid, whether or not its block is active
+STEP_CYCLES = {"v6e": 220, "v5e": 180}  # of a step of the grid, whether or not its block is active
 ROW_CYCLES = {  # for each token of a row of blocks: its start and its end
     ("v6e", "fwd"): 0.5, ("v6e", "dkv"): 0.25, ("v6e", "dq"): 0.13,
     ("v5e", "fwd"): 1.0, ("v5e", "dkv"): 0.45, ("v5e", "dq"): 0.22,

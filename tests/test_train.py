@@ -204,7 +204,7 @@ def test_a_metrics_line_cut_short_is_dropped(nb, tmp_path):
 def test_the_notebook_runs_in_a_real_kernel(tmp_path):
     """02_train.ipynb, all cells top to bottom in Jupyter, with a Config of a few steps."""
     notebook = nbformat.read(ROOT / "02_train.ipynb", 4)
-    (cell,) = (cell for cell in notebook.cells if "Config.for_device()" in cell.source)
+    (cell,) = (cell for cell in notebook.cells if "default = Config() if chips" in cell.source)
     changes = {**TINY, "run_dir": str(tmp_path / "run"), "dataset": str(ROOT / "data" / "embedded")}
     cell.source += f"\nconfig = config.replace(**{changes!r})"
     (tmp_path / "02_train.ipynb").write_text(nbformat.writes(notebook))

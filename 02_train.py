@@ -1165,6 +1165,144 @@ def norm_and_rope(x, cos, sin):
 
 
 # %% [markdown]
+# XLA makes slow work of those few lines on a TPU: the halves of a head are 64 lanes wide, so that it pads, copies and
+# keeps float32 arrays, and the heads must be moved in front of the tokens for attention, in one more copy, four times
+# the cost of its bytes. The kernels below read a tile of a projection once and write it once: normed, turned and in its
+# new place, or only in its new place. For the reference on a v6e that is 62.1 → 40.4 ms a step by the compiler's
+# estimate (LOG.md). Rotation needs no halves: with cosines [c, c] and sines [−s, s], the turned row is
+# x·[c, c] + roll(x, H/2)·[−s, s]. Elsewhere than on a TPU, the plain functions do the same.
+
+
+# %% Heads tags=["shared"]
+def split_heads(x, T, H):
+    """[B·T, N·H] → [B, N, T, H]."""
+    return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
+
+
+def merge_heads(y):
+    """[B, N, T, H] → [B·T, N·H]."""
+    B, N, T, H = y.shape
+    return y.swapaxes(1, 2).reshape(B * T, N * H)
+
+
+def heads_on_tpu(kernel, plain, x, T, H):
+    """kernel(x) where the program is lowered for a TPU and its tiles fit, plain(x) elsewhere."""
+    if H % 128 or T % 128:
+        return plain(x)
+    return jax.lax.platform_dependent(x, tpu=kernel, default=plain)
+
+
+def to_heads(x, T, H):
+    """split_heads, in one pass over memory."""
+    return heads_on_tpu(lambda x: moved_heads(x, T, H, True, False), lambda x: split_heads(x, T, H), x, T, H)
+
+
+def from_heads(y):
+    """merge_heads, in one pass over memory."""
+    T, H = y.shape[2:]
+    return heads_on_tpu(lambda y: moved_heads(y, T, H, False, False), merge_heads, y, T, H)
+
+
+def normed_heads(x, cos, sin):
+    """The projection x [B·T, N·H] → [B, N, T, H], each head normed and rotated, in one pass over memory."""
+    T, H = cos.shape[0], 2 * cos.shape[1]
+
+    def plain(x):
+        return norm_and_rope(split_heads(x, T, H), cos, sin)
+
+    return heads_on_tpu(lambda x: turned_heads(x, cos, sin, False), plain, x, T, H)
+
+
+# %% Kernels for heads tags=["shared"]
+def heads_call(kernel, arrays, T, H, tables=(), *, split, interpret):
+    """A kernel over tiles of tokens, from flat arrays [B·T, N·H] (and [B, N, T, H] ones) to the other form (`split`)
+    or back. The sequences are the inner loop, so that a tile of the tables, [T, H], is read once."""
+    from jax.experimental import pallas as pl
+
+    size = arrays[0].size
+    B = arrays[0].shape[0] // T if arrays[0].ndim == 2 else arrays[0].shape[0]
+    N, tile = size // (B * T * H), next(t for t in (512, 256, 128) if T % t == 0)
+    flat = pl.BlockSpec((tile, N * H), lambda t, b: (b * (T // tile) + t, 0))
+    heads = pl.BlockSpec((1, N, tile, H), lambda t, b: (b, 0, t, 0))
+    table = pl.BlockSpec((tile, H), lambda t, b: (t, 0))
+    shape = jax.ShapeDtypeStruct((B, N, T, H) if split else (B * T, N * H), arrays[0].dtype)
+    return pl.pallas_call(
+        kernel, grid=(T // tile, B), in_specs=[flat if x.ndim == 2 else heads for x in arrays] + [table] * len(tables),
+        out_specs=heads if split else flat, out_shape=shape, interpret=interpret, name=kernel.__name__,
+    )(*arrays, *tables)  # fmt: skip
+
+
+def split_kernel(x_ref, out_ref):
+    _, N, _, H = out_ref.shape
+    for n in range(N):
+        out_ref[0, n] = x_ref[:, n * H : (n + 1) * H]
+
+
+def merge_kernel(y_ref, out_ref):
+    _, N, _, H = y_ref.shape
+    for n in range(N):
+        out_ref[:, n * H : (n + 1) * H] = y_ref[0, n]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def moved_heads(x, T, H, split, interpret):
+    """split_heads or merge_heads; the gradient of the one is the other."""
+    return heads_call(split_kernel if split else merge_kernel, (x,), T, H, split=split, interpret=interpret)
+
+
+moved_heads.defvjp(
+    lambda x, T, H, split, interpret: (moved_heads(x, T, H, split, interpret), None),
+    lambda T, H, split, interpret, _, g: (moved_heads(g, T, H, not split, interpret),),
+)
+
+
+def turn(x, cos, sin):
+    """Rotates the pairs of x [t, H] float32 by cos = [c, c] and sin = [−s, s]."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
+
+
+def turned_forward_kernel(x_ref, cos_ref, sin_ref, out_ref):
+    """x: [t, N·H], cos, sin: [t, H] float32, out: [1, N, t, H]."""
+    _, N, _, H = out_ref.shape
+    for n in range(N):
+        x = x_ref[:, n * H : (n + 1) * H].astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        out_ref[0, n] = turn(normed, cos_ref[...], sin_ref[...]).astype(out_ref.dtype)
+
+
+def turned_backward_kernel(x_ref, g_ref, cos_ref, sin_ref, dx_ref):
+    """The gradient dx [t, N·H] of x from that of out, g [1, N, t, H]: the norm is computed again, nothing is stored."""
+    _, N, _, H = g_ref.shape
+    for n in range(N):
+        x, g = x_ref[:, n * H : (n + 1) * H].astype(jnp.float32), g_ref[0, n].astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        normed, back = x * scale, turn(g, cos_ref[...], -sin_ref[...])  # turned back
+        dx = scale * (back - normed * jnp.mean(back * normed, axis=-1, keepdims=True))
+        dx_ref[:, n * H : (n + 1) * H] = dx.astype(dx_ref.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def turned_heads(x, cos, sin, interpret):
+    """norm_and_rope of split_heads of x; cos and sin [T, H/2]."""
+    return turned_call(turned_forward_kernel, (x,), cos, sin, True, interpret)
+
+
+def turned_call(kernel, arrays, cos, sin, split, interpret):
+    tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+    return heads_call(kernel, arrays, *tables[0].shape, tables, split=split, interpret=interpret)
+
+
+turned_heads.defvjp(
+    lambda x, cos, sin, interpret: (turned_heads(x, cos, sin, interpret), (x, cos, sin)),
+    lambda interpret, saved, g: (
+        turned_call(turned_backward_kernel, (saved[0], g), *saved[1:], False, interpret), None, None,
+    ),
+)  # fmt: skip
+
+
+# %% [markdown]
 # ### Attention, four times
 #
 # One function, four ways to compute it. `einsum` is the definition: readable, and right by inspection. `jax` is
@@ -1187,27 +1325,27 @@ def check_block_size(block_size, seq_len):
     )  # fmt: skip
 
 
-def attention(q, k, v, *, window, impl="auto", block_size=1024):
-    """Causal softmax attention with scale 1/√H and grouped key/value heads.
+def attention(q, k, v, *, window, impl="auto", block_size=1024, scale=None):
+    """Causal softmax attention with grouped key/value heads; `scale` of the scores, by default 1/√H.
 
     q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
     A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels.
     """
     N, T, H = q.shape[1:]
-    K = k.shape[1]
+    K, scale = k.shape[1], H**-0.5 if scale is None else scale
     impls = ("auto", "einsum", "jax", "splash", "pallas")
     require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
     require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
     if impl == "auto":
         tiles = T % 128 == 0 and T % min(block_size, T) == 0
-        call = functools.partial(attention, window=window, block_size=block_size)
+        call = functools.partial(attention, window=window, block_size=block_size, scale=scale)
         return jax.lax.platform_dependent(
             q, k, v, tpu=functools.partial(call, impl="splash" if tiles else "jax"),
             cuda=functools.partial(call, impl="jax"), default=functools.partial(call, impl="einsum"),
         )  # fmt: skip
     if impl == "einsum":
         q = q.reshape(q.shape[0], K, N // K, T, H)
-        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
         t, s = np.arange(T)[:, None], np.arange(T)[None, :]
         probs = jax.nn.softmax(jnp.where((s <= t) & (t - s <= window), scores, -jnp.inf), axis=-1)
         out = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
@@ -1215,19 +1353,21 @@ def attention(q, k, v, *, window, impl="auto", block_size=1024):
     if impl == "jax":
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
         local = (window, 0) if window < T else None
-        return jnp.swapaxes(jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local), 1, 2)
+        y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=local)
+        return jnp.swapaxes(y, 1, 2)
 
     check_block_size(block_size, T)
     block = min(block_size, T)
     if impl == "splash":
-        q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # splash leaves the scale to its caller
+        if scale != 1:  # splash leaves it to its caller
+            q = (q.astype(jnp.float32) * scale).astype(q.dtype)
         return on_tpu_or_interpreted(functools.partial(splash_attention, window=window, block=block), q, k, v)
     if impl == "pallas":
         require(
             window >= T, "window", window, f"the pallas kernel is causal only: give window >= T = {T}, or use splash"
         )
         k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
-        return on_tpu_or_interpreted(functools.partial(flash_attention, block=block), q, k, v)
+        return on_tpu_or_interpreted(functools.partial(flash_attention, block=block, scale=scale), q, k, v)
 
 
 # %% Attention kernels tags=["shared"]
@@ -1257,7 +1397,7 @@ def splash_attention(q, k, v, *, window, block, interpret):
     return jax.vmap(splash_kernel(*q.shape[1:3], window, block, interpret))(q, k, v)
 
 
-def flash_attention(q, k, v, *, block, interpret):
+def flash_attention(q, k, v, *, block, scale, interpret):
     from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
@@ -1265,7 +1405,7 @@ def flash_attention(q, k, v, *, block, interpret):
         block_b=1, block_q=block, block_k_major=block, block_k=block, block_q_major_dkv=block, block_q_dkv=block,
         block_k_major_dkv=block, block_k_dkv=block, block_q_dq=block, block_k_major_dq=block, block_k_dq=block,
     )  # fmt: skip
-    kernel = functools.partial(flash.flash_attention, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes)
+    kernel = functools.partial(flash.flash_attention, causal=True, sm_scale=scale, block_sizes=sizes)
     if not interpret:
         return kernel(q, k, v)
 
@@ -1311,17 +1451,17 @@ def mix_residual(layer, x, x0):
 
 
 def project_qkv(layer, x, T, cos, sin):
-    """[B·T, D] → q [B, N, T, H], k and v [B, K, T, H]; q and k normed and rotated."""
+    """[B·T, D] → q [B, N, T, H], k and v [B, K, T, H]; q and k normed and rotated, q scaled by 1/√H as well."""
     x = rms_norm(x)
-    q, k, v = (jnp.einsum("sd,dnh->snh", x, layer[name]) for name in "qkv")
-    q, k, v = (y.reshape(-1, T, *y.shape[1:]).swapaxes(1, 2) for y in (q, k, v))
-    return norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin), v
+    q, k, v = (x @ layer[name].reshape(x.shape[1], -1) for name in "qkv")
+    H = 2 * cos.shape[1]
+    scale = np.float32(H**-0.5)  # of the scores: rotating by scaled tables costs nothing, scaling q would
+    return normed_heads(q, scale * cos, scale * sin), normed_heads(k, cos, sin), to_heads(v, T, H)
 
 
 def project_out(layer, y):
     """[B, N, T, H] → [B·T, D]."""
-    _, N, _, H = y.shape
-    return jnp.einsum("snh,nhd->sd", y.swapaxes(1, 2).reshape(-1, N, H), layer["o"])
+    return from_heads(y) @ layer["o"].reshape(-1, layer["o"].shape[-1])
 
 
 def mlp(layer, x):
@@ -1347,10 +1487,9 @@ def cast_weights(config, params):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def forward(config, params, tokens):
-    """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
-    B, T = tokens.shape
-    weights = cast_weights(config, params)
+def hidden(config, weights, tokens):
+    """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
+    T = tokens.shape[1]
     cos, sin = rope_tables(T, config.head_dim)
     with jax.named_scope("embed"):
         x = x0 = embed(config, weights, tokens)
@@ -1359,12 +1498,20 @@ def forward(config, params, tokens):
             with jax.named_scope("attn"):
                 x = mix_residual(layer, x, x0)
                 q, k, v = project_qkv(layer, x, T, cos, sin)
-                y = attention(q, k, v, window=window, impl=config.attn_impl, block_size=config.splash_block_size)
+                block = config.splash_block_size
+                y = attention(q, k, v, window=window, impl=config.attn_impl, block_size=block, scale=1.0)
                 x = x + project_out(layer, y)
             with jax.named_scope("mlp"):
                 x = x + mlp(layer, x)
+    return x
+
+
+def forward(config, params, tokens):
+    """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
+    weights = cast_weights(config, params)
+    x = hidden(config, weights, tokens)
     with jax.named_scope("lm_head"):
-        return lm_head(config, weights, x).reshape(B, T, -1)
+        return lm_head(config, weights, x).reshape(*tokens.shape, -1)
 
 
 # %% [markdown]
@@ -1421,13 +1568,46 @@ def peak_flops(device_kind):
 
 
 # %% Loss tags=["shared"]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def softcap_losses(x, head, targets, softcap):
+    """Cross-entropy, nats, float32 [S], of targets [S] under logits softcap·tanh(x @ head / softcap).
+
+    x: [S, D], head: [D, V]. The logits themselves never reach memory in float32.
+    """
+    return softcap_forward(x, head, targets, softcap)[0]
+
+
+def softcap_forward(x, head, targets, softcap):
+    capped = jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    lse = jnp.log(jnp.sum(jnp.exp(softcap * capped), axis=-1))
+    losses = lse - softcap * jnp.sum(jnp.where(is_target, capped, 0), axis=-1)
+    # Without the barrier XLA would keep float32 and round when it reads: twice the bytes.
+    stored = jax.lax.optimization_barrier(capped.astype(x.dtype))
+    return losses, (x, head, targets, stored, lse)
+
+
+def softcap_backward(softcap, saved, g):
+    x, head, targets, capped, lse = saved
+    capped = capped.astype(jnp.float32)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    gradient = (jnp.exp(softcap * capped - lse[:, None]) - is_target) * g[:, None]  # of the capped logits
+    gradient = (gradient * (1 - capped * capped)).astype(x.dtype)  # of those before
+    dx = jnp.einsum("sv,dv->sd", gradient, head)
+    dhead = jnp.einsum("sd,sv->dv", x, gradient)
+    return dx, dhead, None
+
+
+softcap_losses.defvjp(softcap_forward, softcap_backward)
+
+
 def token_losses(config, params, tokens, targets):
     """Cross-entropy of each target, nats, float32 [B, T]."""
-    logits = forward(config, params, tokens)
+    weights = cast_weights(config, params)
+    x = hidden(config, weights, tokens)
     with jax.named_scope("loss"):
-        is_target = jnp.arange(config.vocab_size) == targets[..., None]
-        target_logits = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-        return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - target_logits
+        losses = softcap_losses(rms_norm(x), weights["lm_head"], targets.reshape(-1), config.softcap)
+        return losses.reshape(targets.shape)
 
 
 def loss_fn(config, params, tokens, targets):
@@ -1618,7 +1798,7 @@ def decode_token(config, weights, cache, tokens, position):
         values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
         new_cache.append((keys, values))
         q = q.reshape(q.shape[0], config.kv_heads, -1, config.head_dim)  # [B, K, N/K, H]
-        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32)
         seen = (s <= position) & (position - s <= window)
         probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
         y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(-1, config.n_head, 1, config.head_dim)
@@ -2327,6 +2507,24 @@ def splash_seconds(op, chip, windows):
     return math.prod(heads) * (active * busy + max(0, steps - active) * idle + row)
 
 
+# %% Our kernels tags=["shared"]
+# Cycles for 1,024 elements by the schedules of our own kernels (benchmarks/kernel_cycles.py --ours); 8 heads of 128.
+HEADS_CYCLES = {
+    "turned_forward_kernel": {"v6e": 5.3, "v5e": 6.7}, "turned_backward_kernel": {"v6e": 7.0, "v5e": 9.6},
+    "split_kernel": {"v6e": 0.6, "v5e": 1.1}, "merge_kernel": {"v6e": 0.9, "v5e": 1.6},
+}  # fmt: skip
+
+
+def heads_seconds(op, chip):
+    """Seconds of one of our kernels for heads, by its schedule or its bytes, or None if `op` is another kernel."""
+    name = next((name for name in HEADS_CYCLES if op.name.startswith(name)), None)
+    shape = re.search(r"operand_layout_constraints=\{\w+\[([\d,]+)\]", op.rest)
+    if not (name and shape):
+        return None
+    elements = math.prod(int(n) for n in shape[1].split(","))
+    return max(elements / 1024 * HEADS_CYCLES[name][chip] / CHIPS[chip].clock, op_seconds(op, chip))
+
+
 # %% Estimate tags=["shared"]
 REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published matmuls reach 68 to 70% of a v6e's peak
 
@@ -2334,7 +2532,7 @@ REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published m
 def component(op):
     """(component, 'forward' | 'backward') of an op, by its named scopes."""
     direction = "backward" if re.search(r"transpose\(|rematted", op.scope) else "forward"
-    if op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
+    if op.opcode == "custom-call" and "tpu_custom_call" in op.rest and "splash" in op.name + op.scope:
         return "attention kernel", "backward" if re.search("dkv|dq|bwd", op.name) else direction
     scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
     found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
@@ -2359,7 +2557,7 @@ def estimate(text, chip, windows):
         if re.search("-(start|done|update)$", op.opcode):  # copies beside the arithmetic
             continue
         if "tpu_custom_call" in op.rest:
-            seconds = splash_seconds(op, chip, windows)
+            seconds = splash_seconds(op, chip, windows) or heads_seconds(op, chip)
             if seconds is None:
                 unknown.append(op.name)
                 seconds = op_seconds(op, chip)  # its bytes alone
@@ -2411,7 +2609,7 @@ def describe_parts(parts, unknown):
         forward, backward = (row.get(direction, 0) for direction in ("forward", "backward"))
         print(f"{name:>24} {1e3 * forward:9.2f} {1e3 * backward:9.2f} {(forward + backward) / total:7.1%}")
     print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
-    print("splash attention is counted from its static schedule; copies that run beside arithmetic are not counted")
+    print("kernels are counted from their static schedules; copies that run beside arithmetic are not counted")
     if unknown:
         print(f"NOT counted but for their bytes: the kernels {', '.join(sorted(unknown)[:4])}, {len(unknown)} in all")
 

@@ -6,6 +6,7 @@ and a promoted matmul show here, before a chip is paid for. The model is as smal
 
 import functools
 import importlib.util
+import math
 import platform
 import re
 
@@ -71,9 +72,12 @@ def test_attention_is_the_kernel_asked_for(compile_step, chip, impl, accumulate)
     dq, dkv."""
     *_, compiled = compile_step(chip, impl, accumulate)
     calls = re.findall(r"^ *(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", compiled.as_text(), re.M)
+    ours = [name for name in calls if re.match("(split|merge|turned_forward|turned_backward)_kernel", name)]
+    assert len(ours) == 2 * 8  # q and k turned, v split, y merged, and each of them back
     kernel = {"auto": "splash_mha", "splash": "splash_mha", "pallas": "flash"}.get(impl)
-    assert len(calls) == (6 if kernel else 0), calls
-    assert all(kernel in name for name in calls), calls
+    attend = [name for name in calls if name not in ours]
+    assert len(attend) == (6 if kernel else 0), calls
+    assert all(kernel in name for name in attend), calls
 
 
 @pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)
@@ -107,19 +111,19 @@ def test_no_matmul_of_the_layers_is_promoted(compile_step, chip, impl, accumulat
     XLA computes them. A layer has 6 matmuls, with 12 in the backward pass; some may be done twice or be merged."""
     *_, compiled = compile_step(chip, impl, accumulate)
     found = matmuls(compiled.as_text())
-    assert len([scope for scope, _ in found if "lm_head" in scope]) == 3  # so scopes are to be had
+    assert len([scope for scope, _ in found if "(loss)" in scope]) == 3  # so scopes are to be had
     layers = [
         (scope, shapes)
         for scope, shapes in found
-        if "lm_head" not in scope and not any(shape.split("[")[1][:-1].split(",").count(str(T)) > 1 for shape in shapes)
+        if "(loss)" not in scope and not any(shape.split("[")[1][:-1].split(",").count(str(T)) > 1 for shape in shapes)
     ]
     assert len(layers) >= 30
     assert not [(scope, shapes) for scope, shapes in layers if not all(x.startswith("bf16") for x in shapes[1:])]
 
 
 PEAK_KIB = {  # of each program, by libtpu 0.0.52; more than 5% above it wants a reason, and a new number here
-    ("v6e", "auto", 1): 77_463, ("v6e", "einsum", 1): 78_839, ("v6e", "jax", 1): 78_728, ("v6e", "splash", 1): 77_463,
-    ("v6e", "pallas", 1): 79_575, ("v5e", "auto", 2): 86_486,
+    ("v6e", "auto", 1): 78_489, ("v6e", "einsum", 1): 81_569, ("v6e", "jax", 1): 78_488, ("v6e", "splash", 1): 78_489,
+    ("v6e", "pallas", 1): 78_487, ("v5e", "auto", 2): 91_182,
 }  # fmt: skip
 
 
@@ -134,10 +138,11 @@ def test_weights_are_cast_once(compile_step, chip, impl, accumulate):
     """To bfloat16 before the first layer and the first microbatch, and no array of a weight's size goes from one type
     to the other in a layer, forward or backward."""
     state, _, compiled = compile_step(chip, impl, accumulate)
-    shapes = {",".join(map(str, x.shape)) for layer in state.params["layers"] for x in layer.values() if x.ndim > 1}
+    sizes = {x.size for layer in state.params["layers"] for x in layer.values() if x.ndim > 1}  # no activation's
     casts = re.findall(r"= (f32|bf16)\[([\d,]+)\]\S* convert\(.*?op_name=\"([^\"]*)\"", compiled.as_text())
-    casts = [(dtype, shape, scope) for dtype, shape, scope in casts if shape in shapes]
-    assert {shape for dtype, shape, _ in casts if dtype == "bf16"} == shapes  # so there is something to see
+    casts = [(dtype, math.prod(map(int, shape.split(","))), scope) for dtype, shape, scope in casts]
+    casts = [cast for cast in casts if cast[1] in sizes]
+    assert {size for dtype, size, _ in casts if dtype == "bf16"} == sizes  # so there is something to see
     assert not [cast for cast in casts if "layer_" in cast[2] or (cast[0] == "bf16" and "while" in cast[2])]
 
 

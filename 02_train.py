@@ -2338,7 +2338,7 @@ def reason(error):
 # %% Read the schedule tags=["shared"]
 NO_ESTIMATE = 2**64 - 1
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w-]+)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 NO_WORK = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier"}
 
 
@@ -2430,6 +2430,10 @@ def matmul_flops(program, instruction):
     return flops
 
 
+def total_cycles(ops):
+    return sum(op.times * op.cycles for op in ops)
+
+
 def schedule(text):
     """[Op] of a compiled program in the order in which they run, those in loops with how often."""
     program, entry = read_program(text)
@@ -2442,7 +2446,11 @@ def schedule(text):
                 condition = program[re.search(r"condition=%([^\s,]+)", x.rest)[1]]
                 bounds = [int(c.rest.split(")")[0]) for c in condition if re.match(r"\d+\)", c.rest)]
                 body = re.search(r"body=%([^\s,]+)", x.rest)[1]
-                yield from walk(body, times * (int(trips[1]) if trips else max(bounds)))
+                yield from walk(body, times * (int(trips[1]) if trips else max([1, *bounds])))
+            elif x.opcode == "conditional":  # the longest of its branches
+                branches = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
+                names = re.findall(r"%([^\s,}]+)", branches[1] if branches else "")
+                yield from max((list(walk(branch, times)) for branch in names), key=total_cycles, default=[])
             elif x.opcode not in NO_WORK:
                 scope = re.search(r'op_name="([^"]*)"', x.rest)
                 cycles = re.search(r'"estimated_cycles":"(\d+)"', x.rest)

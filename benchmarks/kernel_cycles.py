@@ -1,6 +1,6 @@
 """How many cycles splash attention takes, by the instruction schedule of its own kernels: the tables of preflight.
 
-    python benchmarks/kernel_cycles.py [--chips v6e v5e] [--head_dims 128 256] [--blocks 128 256 512 1024]
+    python benchmarks/kernel_cycles.py [--ours] [--chips v6e v5e] [--head_dims 128 256] [--blocks 128 256 512 1024]
 
 The TPU's compiler writes the final schedule of a kernel where it is told to: one line is one bundle of instructions,
 and takes one cycle if nothing stalls. For T=2048, bfloat16, a causal mask (L) and one with a window of 1024 (S), it
@@ -10,10 +10,16 @@ prints for the forward, dkv and dq kernels
   - row: of the branches at the first and the last block of a row;
   - block: of the branch that an active block takes, and its ratio to what stands in 02_train.py (S with its factor).
 
-A new libtpu may schedule otherwise: run this, and correct the tables in the cell "Splash kernels".
+Then every entry of the tables in 02_train.py, of its cell "Splash kernels": what stands there, what is found here and
+the largest difference. BLOCK_CYCLES are the blocks of L; WINDOW_FACTOR is S / L for blocks of 512 and 1024;
+ROW_CYCLES are those of a row for each of its tokens, for the block nearest to 512; STEP_CYCLES the mean of all. 02 has
+one number for all head_dims in the last three, so they are compared with each. A new libtpu may schedule otherwise:
+run this, and correct the tables. A minute or two on two cores. --ours: the kernels of 02_train.py itself, 8 heads of
+128, in cycles for 1,024 elements, beside HEADS_CYCLES.
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -31,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from tools.notebooks import load  # noqa: E402
 
 nb = load(ROOT / "02_train.py")
-T, WINDOWS = 2048, {"L": 2048, "S": 1024}
+T, WINDOWS, KERNELS = 2048, {"L": 2048, "S": 1024}, ("fwd", "dkv", "dq")
 BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
 
 
@@ -91,6 +97,25 @@ def kernels(chip, head_dim, block, window):
     return found
 
 
+def our_kernels(chip, B=4, N=8, H=128):
+    """{kernel: cycles for 1,024 elements} of 02_train.py's own kernels for heads."""
+
+    def step(x, g):
+        y, turned = jax.vjp(lambda x: nb.normed_heads(x, *nb.rope_tables(T, H)), x)
+        z, merged = jax.vjp(nb.from_heads, y)
+        return y, z, *turned(g), *merged(x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=final_bundles"
+        shapes = (B * T, N * H), (B, N, T, H)
+        nb.compile_for(chip, step, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes])
+        found = {}
+        for name in nb.HEADS_CYCLES:
+            path = sorted(Path(folder).glob(f"*-{name}*-final_bundles.txt"))[0]
+            found[name] = sum(depth > 0 for depth, _ in bundles(path)) / (512 * N * H / 1024)  # tiles of 512 tokens
+    return found
+
+
 def expected(chip, kind, head_dim, block, window):
     """Cycles of an active block by 02_train.py's tables."""
     i = nb.BLOCK_SIZES.index(block)
@@ -98,31 +123,58 @@ def expected(chip, kind, head_dim, block, window):
     return cycles * (nb.WINDOW_FACTOR[chip, kind][i - 2] if window < T and i >= 2 else 1)
 
 
+def tables(found):
+    """Yields (name of an entry, [what 02_train.py has], [what is found]) for all its tables."""
+    for chip, head_dim in dict.fromkeys(key[:2] for key in found):
+        counts = {key[2:]: value for key, value in found.items() if key[:2] == (chip, head_dim)}
+        steps = [value[kind][0] for value in counts.values() for kind in KERNELS]
+        yield f"STEP_CYCLES   {chip}     {head_dim:4}", [nb.STEP_CYCLES[chip]], [sum(steps) / len(steps)]
+        for kind in KERNELS:
+            label = f"{chip} {kind:3} {head_dim:4}"
+            causal = {block: value[kind] for (block, name), value in counts.items() if name == "L"}
+            if causal:
+                there = [nb.BLOCK_CYCLES[chip, kind][head_dim][nb.BLOCK_SIZES.index(block)] for block in causal]
+                yield f"BLOCK_CYCLES  {label}", there, [cycles for _, _, cycles in causal.values()]
+                middle = min(causal, key=lambda block: abs(block - 512))
+                yield f"ROW_CYCLES    {label}", [nb.ROW_CYCLES[chip, kind]], [causal[middle][1] / middle]
+            if long := [block for block in causal if block >= 512 and (block, "S") in counts]:
+                there = [nb.WINDOW_FACTOR[chip, kind][nb.BLOCK_SIZES.index(block) - 2] for block in long]
+                here = [counts[block, "S"][kind][2] / causal[block][2] for block in long]
+                yield f"WINDOW_FACTOR {label}", there, here
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", nargs="*", default=list(nb.CHIPS))
-    parser.add_argument("--head_dims", nargs="*", type=int, default=[128, 256])
-    parser.add_argument("--blocks", nargs="*", type=int, default=list(nb.BLOCK_SIZES))
+    parser.add_argument("--chips", nargs="*", default=list(nb.CHIPS), choices=list(nb.CHIPS))
+    parser.add_argument("--head_dims", nargs="*", type=int, default=[128, 256], choices=(128, 256))
+    parser.add_argument("--blocks", nargs="*", type=int, default=list(nb.BLOCK_SIZES), choices=nb.BLOCK_SIZES)
+    parser.add_argument("--ours", action="store_true", help="02_train.py's own kernels, not splash")
     args = parser.parse_args()
-    print(
-        "chip   H  block  window   "
-        + "".join(f"{kind + ': step  row  block  ratio':>34}" for kind in ("fwd", "dkv", "dq"))
-    )
-    for chip in args.chips:
-        for head_dim in args.head_dims:
-            for block in args.blocks:
-                for name, window in WINDOWS.items():
-                    row = f"{chip} {head_dim:4} {block:6}  {name:6}"
-                    try:
-                        found = kernels(chip, head_dim, block, window)
-                    except nb.CompileError as error:
-                        print(row, nb.reason(error)[0])
-                        continue
-                    for kind in ("fwd", "dkv", "dq"):
-                        step, ends, cycles = found[kind]
-                        ratio = cycles / expected(chip, kind, head_dim, block, window)
-                        row += f"{step:16}{ends:5}{cycles:7}{ratio:6.2f}"
-                    print(row, flush=True)
+    if args.ours:
+        for chip in args.chips:
+            for name, cycles in our_kernels(chip).items():
+                print(f"{chip}  {name:24}{cycles:6.2f}   in 02_train.py {nb.HEADS_CYCLES[name][chip]:6.2f}")
+        return
+    print("chip   H  block  window   " + "".join(f"{kind + ': step  row  block  ratio':>34}" for kind in KERNELS))
+    found = {}
+    for chip, head_dim, block, name in itertools.product(args.chips, args.head_dims, args.blocks, WINDOWS):
+        row = f"{chip} {head_dim:4} {block:6}  {name:6}"
+        try:
+            found[chip, head_dim, block, name] = counts = kernels(chip, head_dim, block, WINDOWS[name])
+        except nb.CompileError as error:
+            print(row, nb.reason(error)[0])
+            continue
+        for kind in KERNELS:
+            step, ends, cycles = counts[kind]
+            ratio = cycles / expected(chip, kind, head_dim, block, WINDOWS[name])
+            row += f"{step:16}{ends:5}{cycles:7}{ratio:6.2f}"
+        print(row, flush=True)
+    print(f"\n{'entry, chip, kernel, head_dim':29}{'in 02_train.py':>24}{'here':>24}  largest difference")
+    for entry, there, here in sorted(tables(found), key=lambda row: row[0].split()[0]):
+        digits = 0 if max(there) > 9 else 2
+        columns = (" ".join(f"{value:.{digits}f}" for value in values) for values in (there, here))
+        worst = max((new / old - 1 for new, old in zip(here, there)), key=abs)
+        print(f"{entry:29}" + "".join(f"{column:>24}" for column in columns) + f"{worst:+8.0%}")
 
 
 if __name__ == "__main__":

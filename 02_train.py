@@ -85,6 +85,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
 
 # %% Environment tags=["shared"]
@@ -202,24 +206,23 @@ def check_types(config):
             object.__setattr__(config, field.name, float(value))
 
 
-# %% Config
-@jax.tree_util.register_static
+# %% Choices of every model tags=["shared"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """All choices of a run. `Config()` is the reference model; wrong values raise InputError (a ValueError)."""
+class BaseConfig:
+    """What the models of all notebooks have in common. A Config adds its architecture: n_embd, mlp_dim and depth, and
+    check_architecture, which is called before anything is computed from them."""
 
     # Compiled: the architecture
-    n_head: int = 8  # N, the scaling knob: D = N·H, L = D / aspect_ratio
+    n_head: int = 8  # N
     n_kv_head: int = -1  # K: each key/value head serves N/K query heads; -1 = n_head
     head_dim: int = 128  # H
-    aspect_ratio: int = 64  # D / L
     vocab_size: int = 32768  # V
     seq_len: int = 2048  # T
     window_pattern: str = "SSSL"  # layer i takes letter i mod len: S sees T/2 tokens back, L all; the last layer is L
     softcap: float = 15.0  # logits are softcap·tanh(logits/softcap)
 
     # Compiled: how the step runs
-    attn_impl: str = "auto"  # einsum | jax | splash | pallas; auto = splash on TPU, jax on GPU, einsum on CPU
+    attn_impl: str = "auto"  # einsum | jax | splash | pallas | fused; auto = fused on TPU, jax on GPU, einsum on CPU
     splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
     compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
     device_batch_size: int = 4  # sequences per forward and backward pass
@@ -255,8 +258,8 @@ class Config:
     def __post_init__(self):
         check_types(self)
         positive = (
-            "n_head", "head_dim", "aspect_ratio", "seq_len", "softcap", "splash_block_size", "device_batch_size",
-            "learning_rate", "eps", "target_param_data_ratio", "eval_tokens",
+            "n_head", "head_dim", "seq_len", "softcap", "splash_block_size", "device_batch_size", "learning_rate",
+            "eps", "target_param_data_ratio", "eval_tokens",
         )  # fmt: skip
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
@@ -283,7 +286,6 @@ class Config:
 
         require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs")
-        require(self.depth > 0, "aspect_ratio", self.aspect_ratio, f"is above n_embd={self.n_embd}: no layer is left")
         require(
             self.vocab_size > 256, "vocab_size", self.vocab_size, "must be above 256: a token for each byte, and BOS"
         )
@@ -291,8 +293,9 @@ class Config:
             self.window_pattern and set(self.window_pattern) <= {"S", "L"}, "window_pattern", self.window_pattern,
             "must be made of the letters S (short window) and L (the whole context)",
         )  # fmt: skip
+        self.check_architecture()
 
-        impls, dtypes = ("auto", "einsum", "jax", "splash", "pallas"), ("bfloat16", "float32")
+        impls, dtypes = ("auto", "einsum", "jax", "splash", "pallas", "fused"), ("bfloat16", "float32")
         require(self.attn_impl in impls, "attn_impl", self.attn_impl, f"must be one of {', '.join(impls)}")
         require(
             self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"must be one of {', '.join(dtypes)}"
@@ -300,6 +303,8 @@ class Config:
         require(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
         if self.attn_impl in ("splash", "pallas"):
             check_block_size(self.splash_block_size, self.seq_len)
+        if self.attn_impl == "fused":
+            check_fits_vmem(self.seq_len, self.head_dim)
         if self.attn_impl == "pallas":
             require(
                 all(window >= self.seq_len for window in self.windows), "attn_impl", "pallas",
@@ -311,18 +316,6 @@ class Config:
             self.total_batch_size == -1 or self.total_batch_size % microbatch == 0, "total_batch_size",
             self.total_batch_size, f"must be a multiple of device_batch_size·seq_len = {microbatch}",
         )  # fmt: skip
-
-    @property
-    def n_embd(self):  # D
-        return self.n_head * self.head_dim
-
-    @property
-    def depth(self):  # L
-        return self.n_embd // self.aspect_ratio
-
-    @property
-    def mlp_dim(self):  # F
-        return 4 * self.n_embd
 
     @property
     def kv_heads(self):  # K
@@ -357,6 +350,31 @@ class Config:
             if name not in known:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
         return dataclasses.replace(self, **changes)
+
+
+# %% Config
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """All choices of a run. `Config()` is the reference model; wrong values raise InputError (a ValueError)."""
+
+    aspect_ratio: int = 64  # D / L. Compiled. The scaling knob is n_head: D = N·H, L = D / aspect_ratio
+
+    def check_architecture(self):
+        require(self.aspect_ratio > 0, "aspect_ratio", self.aspect_ratio, "must be positive")
+        require(self.depth > 0, "aspect_ratio", self.aspect_ratio, f"is above n_embd={self.n_embd}: no layer is left")
+
+    @property
+    def n_embd(self):  # D
+        return self.n_head * self.head_dim
+
+    @property
+    def depth(self):  # L
+        return self.n_embd // self.aspect_ratio
+
+    @property
+    def mlp_dim(self):  # F
+        return 4 * self.n_embd
 
     @classmethod
     def demo(cls):
@@ -1164,15 +1182,6 @@ def norm_and_rope(x, cos, sin):
     return turned.astype(x.dtype)
 
 
-# %% [markdown]
-# XLA makes slow work of those few lines on a TPU: the halves of a head are 64 lanes wide, so that it pads, copies and
-# keeps float32 arrays, and the heads must be moved in front of the tokens for attention, in one more copy, four times
-# the cost of its bytes. The kernels below read a tile of a projection once and write it once: normed, turned and in its
-# new place, or only in its new place. For the reference on a v6e that is 62.1 → 40.4 ms a step by the compiler's
-# estimate (LOG.md). Rotation needs no halves: with cosines [c, c] and sines [−s, s], the turned row is
-# x·[c, c] + roll(x, H/2)·[−s, s]. Elsewhere than on a TPU, the plain functions do the same.
-
-
 # %% Heads tags=["shared"]
 def split_heads(x, T, H):
     """[B·T, N·H] → [B, N, T, H]."""
@@ -1185,130 +1194,13 @@ def merge_heads(y):
     return y.swapaxes(1, 2).reshape(B * T, N * H)
 
 
-def heads_on_tpu(kernel, plain, x, T, H):
-    """kernel(x) where the program is lowered for a TPU and its tiles fit, plain(x) elsewhere."""
-    if H % 128 or T % 128:
-        return plain(x)
-    return jax.lax.platform_dependent(x, tpu=kernel, default=plain)
-
-
-def to_heads(x, T, H):
-    """split_heads, in one pass over memory."""
-    return heads_on_tpu(lambda x: moved_heads(x, T, H, True, False), lambda x: split_heads(x, T, H), x, T, H)
-
-
-def from_heads(y):
-    """merge_heads, in one pass over memory."""
-    T, H = y.shape[2:]
-    return heads_on_tpu(lambda y: moved_heads(y, T, H, False, False), merge_heads, y, T, H)
-
-
-def normed_heads(x, cos, sin):
-    """The projection x [B·T, N·H] → [B, N, T, H], each head normed and rotated, in one pass over memory."""
-    T, H = cos.shape[0], 2 * cos.shape[1]
-
-    def plain(x):
-        return norm_and_rope(split_heads(x, T, H), cos, sin)
-
-    return heads_on_tpu(lambda x: turned_heads(x, cos, sin, False), plain, x, T, H)
-
-
-# %% Kernels for heads tags=["shared"]
-def heads_call(kernel, arrays, T, H, tables=(), *, split, interpret):
-    """A kernel over tiles of tokens, from flat arrays [B·T, N·H] (and [B, N, T, H] ones) to the other form (`split`)
-    or back. The sequences are the inner loop, so that a tile of the tables, [T, H], is read once."""
-    from jax.experimental import pallas as pl
-
-    size = arrays[0].size
-    B = arrays[0].shape[0] // T if arrays[0].ndim == 2 else arrays[0].shape[0]
-    N, tile = size // (B * T * H), next(t for t in (512, 256, 128) if T % t == 0)
-    flat = pl.BlockSpec((tile, N * H), lambda t, b: (b * (T // tile) + t, 0))
-    heads = pl.BlockSpec((1, N, tile, H), lambda t, b: (b, 0, t, 0))
-    table = pl.BlockSpec((tile, H), lambda t, b: (t, 0))
-    shape = jax.ShapeDtypeStruct((B, N, T, H) if split else (B * T, N * H), arrays[0].dtype)
-    return pl.pallas_call(
-        kernel, grid=(T // tile, B), in_specs=[flat if x.ndim == 2 else heads for x in arrays] + [table] * len(tables),
-        out_specs=heads if split else flat, out_shape=shape, interpret=interpret, name=kernel.__name__,
-    )(*arrays, *tables)  # fmt: skip
-
-
-def split_kernel(x_ref, out_ref):
-    _, N, _, H = out_ref.shape
-    for n in range(N):
-        out_ref[0, n] = x_ref[:, n * H : (n + 1) * H]
-
-
-def merge_kernel(y_ref, out_ref):
-    _, N, _, H = y_ref.shape
-    for n in range(N):
-        out_ref[:, n * H : (n + 1) * H] = y_ref[0, n]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def moved_heads(x, T, H, split, interpret):
-    """split_heads or merge_heads; the gradient of the one is the other."""
-    return heads_call(split_kernel if split else merge_kernel, (x,), T, H, split=split, interpret=interpret)
-
-
-moved_heads.defvjp(
-    lambda x, T, H, split, interpret: (moved_heads(x, T, H, split, interpret), None),
-    lambda T, H, split, interpret, _, g: (moved_heads(g, T, H, not split, interpret),),
-)
-
-
-def turn(x, cos, sin):
-    """Rotates the pairs of x [t, H] float32 by cos = [c, c] and sin = [−s, s]."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
-
-
-def turned_forward_kernel(x_ref, cos_ref, sin_ref, out_ref):
-    """x: [t, N·H], cos, sin: [t, H] float32, out: [1, N, t, H]."""
-    _, N, _, H = out_ref.shape
-    for n in range(N):
-        x = x_ref[:, n * H : (n + 1) * H].astype(jnp.float32)
-        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-        out_ref[0, n] = turn(normed, cos_ref[...], sin_ref[...]).astype(out_ref.dtype)
-
-
-def turned_backward_kernel(x_ref, g_ref, cos_ref, sin_ref, dx_ref):
-    """The gradient dx [t, N·H] of x from that of out, g [1, N, t, H]: the norm is computed again, nothing is stored."""
-    _, N, _, H = g_ref.shape
-    for n in range(N):
-        x, g = x_ref[:, n * H : (n + 1) * H].astype(jnp.float32), g_ref[0, n].astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-        normed, back = x * scale, turn(g, cos_ref[...], -sin_ref[...])  # turned back
-        dx = scale * (back - normed * jnp.mean(back * normed, axis=-1, keepdims=True))
-        dx_ref[:, n * H : (n + 1) * H] = dx.astype(dx_ref.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def turned_heads(x, cos, sin, interpret):
-    """norm_and_rope of split_heads of x; cos and sin [T, H/2]."""
-    return turned_call(turned_forward_kernel, (x,), cos, sin, True, interpret)
-
-
-def turned_call(kernel, arrays, cos, sin, split, interpret):
-    tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
-    return heads_call(kernel, arrays, *tables[0].shape, tables, split=split, interpret=interpret)
-
-
-turned_heads.defvjp(
-    lambda x, cos, sin, interpret: (turned_heads(x, cos, sin, interpret), (x, cos, sin)),
-    lambda interpret, saved, g: (
-        turned_call(turned_backward_kernel, (saved[0], g), *saved[1:], False, interpret), None, None,
-    ),
-)  # fmt: skip
-
-
 # %% [markdown]
 # ### Attention, four times
 #
 # One function, four ways to compute it. `einsum` is the definition: readable, and right by inspection. `jax` is
-# `jax.nn.dot_product_attention`. `splash` and `pallas` are the TPU kernels that ship with jax, which never write the
-# T×T scores to memory; splash skips blocks outside the window, the older flash kernel is causal only. Off a TPU the
-# two kernels run in interpret mode: slow, for tests.
+# `jax.nn.dot_product_attention`, on an NVIDIA GPU with cuDNN's flash attention. `splash` and `pallas` are the TPU
+# kernels that ship with jax, which never write the T×T scores to memory; splash skips blocks outside the window, the
+# older flash kernel is causal only. Off a TPU the two kernels run in interpret mode: slow, for tests.
 #
 # A query at t sees the keys from t − window to t. Which implementation `auto` takes is decided when the program is
 # *lowered*, by the chip that it is lowered for, so that a laptop can compile the TPU's program.
@@ -1325,20 +1217,20 @@ def check_block_size(block_size, seq_len):
     )  # fmt: skip
 
 
-def attention(q, k, v, *, window, impl="auto", block_size=1024, scale=None):
-    """Causal softmax attention with grouped key/value heads; `scale` of the scores, by default 1/√H.
+def attention(q, k, v, *, window, impl="auto", block_size=1024):
+    """Causal softmax attention with grouped key/value heads; scores are scaled by 1/√H.
 
     q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
     A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels.
     """
     N, T, H = q.shape[1:]
-    K, scale = k.shape[1], H**-0.5 if scale is None else scale
+    K, scale = k.shape[1], H**-0.5
     impls = ("auto", "einsum", "jax", "splash", "pallas")
     require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
     require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
     if impl == "auto":
         tiles = T % 128 == 0 and T % min(block_size, T) == 0
-        call = functools.partial(attention, window=window, block_size=block_size, scale=scale)
+        call = functools.partial(attention, window=window, block_size=block_size)
         return jax.lax.platform_dependent(
             q, k, v, tpu=functools.partial(call, impl="splash" if tiles else "jax"),
             cuda=functools.partial(call, impl="jax"), default=functools.partial(call, impl="einsum"),
@@ -1353,14 +1245,16 @@ def attention(q, k, v, *, window, impl="auto", block_size=1024, scale=None):
     if impl == "jax":
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
         local = (window, 0) if window < T else None
-        y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, local_window_size=local)
-        return jnp.swapaxes(y, 1, 2)
+        call = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=local)
+        if cudnn_takes(q):  # jax.nn never takes it by itself
+            cudnn = functools.partial(call, implementation="cudnn")
+            return jnp.swapaxes(jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=call), 1, 2)
+        return jnp.swapaxes(call(q, k, v), 1, 2)
 
     check_block_size(block_size, T)
     block = min(block_size, T)
     if impl == "splash":
-        if scale != 1:  # splash leaves it to its caller
-            q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+        q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # splash leaves it to its caller
         return on_tpu_or_interpreted(functools.partial(splash_attention, window=window, block=block), q, k, v)
     if impl == "pallas":
         require(
@@ -1368,6 +1262,14 @@ def attention(q, k, v, *, window, impl="auto", block_size=1024, scale=None):
         )
         k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
         return on_tpu_or_interpreted(functools.partial(flash_attention, block=block, scale=scale), q, k, v)
+
+
+def cudnn_takes(q):
+    """Whether this machine has a GPU for cuDNN's flash attention, and q [B, T, N, H] is of a kind that it takes."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # '8.0' is an A100, '9.0' an H100
+    if not re.fullmatch(r"\d+\.\d+", capability) or q.dtype != jnp.bfloat16:
+        return False
+    return float(capability) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if float(capability) >= 9 else 128)
 
 
 # %% Attention kernels tags=["shared"]
@@ -1398,7 +1300,6 @@ def splash_attention(q, k, v, *, window, block, interpret):
 
 
 def flash_attention(q, k, v, *, block, scale, interpret):
-    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     sizes = flash.BlockSizes(
@@ -1428,6 +1329,215 @@ def flash_attention(q, k, v, *, block, scale, interpret):
 
 
 # %% [markdown]
+# ### A fifth time, for this model
+#
+# Those kernels must serve every model. This one allows more. QK-norm gives queries and keys of length √H, so a score,
+# q·k/√H, never exceeds √H = 11.3 (H = 128): the softmax needs no running maximum, and no sum is rescaled. At T = 2048
+# all keys and values of a head fit the chip's vector memory (VMEM, 128 MiB), so a tile of queries meets all its keys at
+# once, and no loop over blocks is left. And the kernel can begin with what comes before attention: it reads the
+# projections as the matmuls leave them, `[B·T, N·H]`, norms and rotates a head when it is there (rotation needs no
+# halves: x·[c, c] + roll(x, H/2)·[−s, s]), and writes its result in the same form. XLA would make copies of these
+# steps: halves of a head are half a register wide, and heads must be moved in front of the tokens and back.
+#
+# One kernel forward, one backward, each with one program for a head of a sequence. Between the two lie the kernels'
+# inputs and outputs and one number a row, the log of its sum of exponentials. Backward, the scores are computed again,
+# transposed (keys × queries): what is subtracted from a query's scores is then a row of lanes, and only dq needs a
+# transpose. For the reference on a v6e, splash and XLA's copies around it take 1.1 ms a layer, this takes 0.44, by the
+# compiler's schedules (LOG.md). The plain functions above say what it computes, and compute it elsewhere than on a TPU.
+
+
+# %% Fused attention tags=["shared"]
+VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
+
+
+def fits_vmem(T, H):
+    """Whether fused_attention can take sequences of T tokens and heads of H: whole ones must fit."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_fits_vmem(seq_len, head_dim):
+    """InputError unless fused_attention can take them."""
+    require(
+        fits_vmem(seq_len, head_dim), "attn_impl", "fused",
+        f"needs seq_len={seq_len} and head_dim={head_dim} to be multiples of 128, of a product of at most 4096·128; "
+        "or set attn_impl='splash'",
+    )  # fmt: skip
+
+
+def query_tiles(T, size, window):
+    """[(rows, keys)]: slices of at most `size` queries, and of the keys in whole tiles of 128 that some of them see."""
+    size = next(s for s in (size, 256, 128) if T % s == 0)
+    return [(slice(t, t + size), slice(max(0, t - window) // 128 * 128, t + size)) for t in range(0, T, size)]
+
+
+def visible(rows, keys, window, query_axis):
+    """Boolean [rows, keys], or [keys, rows] where query_axis is 1: a query at t sees the keys t − window … t."""
+    sizes = [rows.stop - rows.start, keys.stop - keys.start]
+    t, s = (
+        jax.lax.broadcasted_iota(jnp.int32, sizes[:: 1 - 2 * query_axis], axis) for axis in (query_axis, 1 - query_axis)
+    )
+    age = t - s + (rows.start - keys.start)
+    return (age >= 0) & (age <= window)
+
+
+def dot(a, b, axis_a, axis_b):
+    """Contracts an axis of each; float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def turn(x, cos, sin):
+    """Rotates the pairs (x[i], x[i + H/2]) of x [t, H] by cos = [c, c] and sin = [−s, s]; by −sin it turns back."""
+    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
+
+
+def normed_and_turned(x, cos, sin):
+    """norm_and_rope of x [t, H], float32, and 1/rms(x) [t, 1]."""
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return turn(x * inverse, cos, sin), inverse
+
+
+def turned_back(g, turned, inverse, cos, sin):
+    """The gradient of x from g, that of turned, both of normed_and_turned(x)."""
+    return inverse * turn(g - turned * jnp.mean(g * turned, axis=-1, keepdims=True), cos, -sin)
+
+
+def fold_lanes(x):
+    """[t, n·128] → [t, 128], by adding: what is left is one sum across lanes."""
+    return sum(x[:, i : i + 128] for i in range(0, x.shape[1], 128))
+
+
+def forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, lse_ref, keys_ref, *, window, group):
+    """One head of one sequence. q, k, v, y: [T, H]; lse: [1, 1, T]; keys: VMEM for the turned keys."""
+    T, H = q_ref.shape
+
+    def turn_keys(rows):
+        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+
+    if group > 1:  # the first query head turns the keys for all of its group
+        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
+    for rows, keys in query_tiles(T, 256, window):
+        if group == 1:  # beside the matmuls: as a step of its own it would cost 5 to 11%
+            turn_keys(rows)
+        q = normed_and_turned(q_ref[rows], cos_ref[rows], sin_ref[rows])[0] * H**-0.5
+        scores = dot(q.astype(k_ref.dtype), keys_ref[keys], 1, 1)
+        p = jnp.where(visible(rows, keys, window, 0), jnp.exp(scores), 0)
+        y, sums = dot(p.astype(v_ref.dtype), v_ref[keys], 1, 0), fold_lanes(p)
+        y_ref[rows] = (y / jnp.sum(sums, axis=1, keepdims=True)).astype(y_ref.dtype)
+        lse_ref[0, :, rows] = jnp.log(jnp.sum(sums.T, axis=0, keepdims=True))
+
+
+def backward_kernel(
+    q_ref, k_ref, v_ref, y_ref, g_ref, lse_ref, cos_ref, sin_ref, dq_ref, dk_ref, dv_ref, keys_ref, dk_sum, dv_sum,
+    *, window, group,
+):  # fmt: skip
+    """The gradients dq, dk, dv [T, H] of what the forward kernel read, from g, that of y. `…_sum`: float32 VMEM."""
+    T, H = q_ref.shape
+    tiles = query_tiles(T, 512, window)
+
+    def turn_keys(rows):
+        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+        dk_sum[rows] = dv_sum[rows] = jnp.zeros((rows.stop - rows.start, H), jnp.float32)
+
+    def finish_keys():
+        for rows, _ in tiles:
+            turned = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])
+            dk_ref[rows] = turned_back(dk_sum[rows], *turned, cos_ref[rows], sin_ref[rows]).astype(dk_ref.dtype)
+            dv_ref[rows] = dv_sum[rows].astype(dv_ref.dtype)
+
+    if group > 1:
+        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
+    for rows, keys in tiles:
+        if group == 1:
+            turn_keys(rows)
+        cos, sin, g, k = cos_ref[rows], sin_ref[rows], g_ref[rows], keys_ref[keys]
+        turned, inverse = normed_and_turned(q_ref[rows], cos, sin)
+        q = (turned * H**-0.5).astype(k.dtype)
+        p = jnp.where(visible(rows, keys, window, 1), jnp.exp(dot(k, q, 1, 1) - lse_ref[0, :, rows]), 0)
+        dv_sum[keys] += dot(p.astype(g.dtype), g, 1, 0)
+        gy = fold_lanes(g.astype(jnp.float32) * y_ref[rows].astype(jnp.float32))
+        ds = p * (dot(v_ref[keys], g, 1, 1) - jnp.sum(gy.T, axis=0, keepdims=True))
+        ds = ds.astype(k.dtype)
+        dk_sum[keys] += dot(ds, q, 1, 0)
+        dq_ref[rows] = turned_back(dot(ds, k, 0, 0) * H**-0.5, turned, inverse, cos, sin).astype(dq_ref.dtype)
+    pl.when(pl.program_id(2) == group - 1)(finish_keys) if group > 1 else finish_keys()
+
+
+def fused_call(kernel, inputs, outputs, tables, window, scratch, interpret):
+    """Calls a kernel for each (sequence, key/value head, query head of its group). Arrays are [B·T, N·H or K·H], and
+    [B·N, 1, T]; tables [T, H]; `scratch`: the dtypes of [T, H] in VMEM."""
+    (T, H), N = tables[0].shape, inputs[0].shape[1] // tables[0].shape[1]
+    B, K = inputs[0].shape[0] // T, inputs[1].shape[1] // H
+    group = N // K
+
+    def spec(x):
+        if x.ndim == 3:
+            return pl.BlockSpec((1, 1, T), lambda b, k, i: (b * N + k * group + i, 0, 0))
+        if x.shape[1] == N * H:
+            return pl.BlockSpec((T, H), lambda b, k, i: (b, k * group + i))
+        return pl.BlockSpec((T, H), lambda b, k, i: (b, k))
+
+    table = pl.BlockSpec((T, H), lambda b, k, i: (0, 0))
+    return pl.pallas_call(
+        functools.partial(kernel, window=window, group=group), grid=(B, K, group), interpret=interpret,
+        in_specs=[*map(spec, inputs), table, table], out_specs=[*map(spec, outputs)], out_shape=outputs,
+        scratch_shapes=[pltpu.VMEM((T, H), dtype) for dtype in scratch], name=f"attention_{kernel.__name__}",
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+    )(*inputs, *tables)  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def fused_attention(q, k, v, T, H, window, interpret):
+    """QK-norm, RoPE and causal attention: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    return fused_forward(q, k, v, T, H, window, interpret)[0]
+
+
+def full_tables(T, H):
+    """rope_tables as `turn` wants them: [c, c] and [−s, s], float32 [T, H]."""
+    cos, sin = rope_tables(T, H)
+    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+
+
+def fused_forward(q, k, v, T, H, window, interpret):
+    lse = jax.ShapeDtypeStruct((q.size // (T * H), 1, T), jnp.float32)
+    outputs = jax.typeof(q), lse
+    outputs = fused_call(forward_kernel, (q, k, v), outputs, full_tables(T, H), window, [k.dtype], interpret)
+    y, lse = (checkpoint_name(x, "attention") for x in outputs)  # for a remat policy to keep
+    return y, (q, k, v, y, lse)
+
+
+def fused_backward(T, H, window, interpret, saved, g):
+    q, k, v, y, lse = saved
+    outputs, scratch = (jax.typeof(q), jax.typeof(k), jax.typeof(v)), [k.dtype, jnp.float32, jnp.float32]
+    return tuple(
+        fused_call(backward_kernel, (q, k, v, y, g, lse), outputs, full_tables(T, H), window, scratch, interpret)
+    )
+
+
+fused_attention.defvjp(fused_forward, fused_backward)
+
+
+# %% Attend tags=["shared"]
+def attend(config, q, k, v, T, window):
+    """QK-norm, RoPE and causal attention between projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    H = config.head_dim
+
+    def plain(q, k, v):
+        (q, k, v), tables = (split_heads(x, T, H) for x in (q, k, v)), rope_tables(T, H)
+        q, k, impl = norm_and_rope(q, *tables), norm_and_rope(k, *tables), config.attn_impl
+        return merge_heads(attention(q, k, v, window=window, impl=impl, block_size=config.splash_block_size))
+
+    def fused(q, k, v, interpret=False):
+        return fused_attention(q, k, v, T, H, window, interpret)
+
+    if config.attn_impl == "fused":
+        return on_tpu_or_interpreted(fused, q, k, v)
+    if config.attn_impl == "auto" and fits_vmem(T, H):
+        return jax.lax.platform_dependent(q, k, v, tpu=fused, default=plain)
+    return plain(q, k, v)
+
+
+# %% [markdown]
 # ### The forward pass
 #
 # The residual stream is `[B·T, D]`: only attention needs to know where one sequence ends, so every matmul has two axes,
@@ -1438,30 +1548,34 @@ def flash_attention(q, k, v, *, block, scale, interpret):
 # named scopes (`embed`, `layer_03/attn`, `layer_03/mlp`, `lm_head`, …) are what you will see in XProf.
 
 
-# %% Layers
+# %% Layers tags=["shared"]
 def embed(config, params, tokens):
     """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
     return rms_norm(params["embed"][tokens.reshape(-1)]).astype(config.compute_dtype)
 
 
+def project_qkv(layer, x):
+    """[B·T, D] → q [B·T, N·H], k and v [B·T, K·H]."""
+    x = rms_norm(x)
+    return [x @ layer[name].reshape(x.shape[1], -1) for name in "qkv"]
+
+
+def project_out(layer, y):
+    """[B·T, N·H] → [B·T, D]."""
+    return y @ layer["o"].reshape(y.shape[1], -1)
+
+
+def lm_head(config, params, x):
+    """[B·T, D] → logits [B·T, V], float32, softcapped."""
+    logits = jnp.einsum("sd,dv->sv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(logits / config.softcap)
+
+
+# %% Residual and MLP
 def mix_residual(layer, x, x0):
     """a·x + b·x0 in float32: in bfloat16 a learned 1.001 would be 1."""
     mixed = layer["resid_scale"] * x.astype(jnp.float32) + layer["x0_scale"] * x0.astype(jnp.float32)
     return mixed.astype(x.dtype)
-
-
-def project_qkv(layer, x, T, cos, sin):
-    """[B·T, D] → q [B, N, T, H], k and v [B, K, T, H]; q and k normed and rotated, q scaled by 1/√H as well."""
-    x = rms_norm(x)
-    q, k, v = (x @ layer[name].reshape(x.shape[1], -1) for name in "qkv")
-    H = 2 * cos.shape[1]
-    scale = np.float32(H**-0.5)  # of the scores: rotating by scaled tables costs nothing, scaling q would
-    return normed_heads(q, scale * cos, scale * sin), normed_heads(k, cos, sin), to_heads(v, T, H)
-
-
-def project_out(layer, y):
-    """[B, N, T, H] → [B·T, D]."""
-    return from_heads(y) @ layer["o"].reshape(-1, layer["o"].shape[-1])
 
 
 def mlp(layer, x):
@@ -1470,10 +1584,20 @@ def mlp(layer, x):
     return jnp.einsum("sf,fd->sd", jnp.square(jax.nn.relu(hidden)), layer["down"])
 
 
-def lm_head(config, params, x):
-    """[B·T, D] → logits [B·T, V], float32, softcapped."""
-    logits = jnp.einsum("sd,dv->sv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
-    return config.softcap * jnp.tanh(logits / config.softcap)
+# %% All layers
+def hidden(config, weights, tokens):
+    """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
+    with jax.named_scope("embed"):
+        x = x0 = embed(config, weights, tokens)
+    for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
+        with jax.named_scope(f"layer_{i:02d}"):
+            with jax.named_scope("attn"):
+                x = mix_residual(layer, x, x0)
+                q, k, v = project_qkv(layer, x)
+                x = x + project_out(layer, attend(config, q, k, v, tokens.shape[1], window))
+            with jax.named_scope("mlp"):
+                x = x + mlp(layer, x)
+    return x
 
 
 # %% Forward pass tags=["shared"]
@@ -1485,25 +1609,6 @@ def cast_weights(config, params):
         return weight if keep else weight.astype(config.compute_dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def hidden(config, weights, tokens):
-    """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
-    T = tokens.shape[1]
-    cos, sin = rope_tables(T, config.head_dim)
-    with jax.named_scope("embed"):
-        x = x0 = embed(config, weights, tokens)
-    for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
-        with jax.named_scope(f"layer_{i:02d}"):
-            with jax.named_scope("attn"):
-                x = mix_residual(layer, x, x0)
-                q, k, v = project_qkv(layer, x, T, cos, sin)
-                block = config.splash_block_size
-                y = attention(q, k, v, window=window, impl=config.attn_impl, block_size=block, scale=1.0)
-                x = x + project_out(layer, y)
-            with jax.named_scope("mlp"):
-                x = x + mlp(layer, x)
-    return x
 
 
 def forward(config, params, tokens):
@@ -1615,6 +1720,7 @@ def token_losses(config, params, tokens, targets):
         return losses.reshape(targets.shape)
 
 
+# %% Mean loss
 def loss_fn(config, params, tokens, targets):
     """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
     return jnp.mean(token_losses(config, params, tokens, targets))
@@ -1798,15 +1904,16 @@ def decode_token(config, weights, cache, tokens, position):
     s, new_cache = jnp.arange(T), []
     for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
         x = mix_residual(layer, x, x0)
-        q, k, v = project_qkv(layer, x, 1, cos, sin)
+        q, k, v = (split_heads(y, 1, config.head_dim) for y in project_qkv(layer, x))
+        q, k = norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin)
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=2)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
         new_cache.append((keys, values))
         q = q.reshape(q.shape[0], config.kv_heads, -1, config.head_dim)  # [B, K, N/K, H]
-        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
         seen = (s <= position) & (position - s <= window)
         probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
-        y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(-1, config.n_head, 1, config.head_dim)
+        y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(x.shape[0], -1)
         x = x + project_out(layer, y)
         x = x + mlp(layer, x)
     return lm_head(config, weights, x), new_cache
@@ -2288,10 +2395,11 @@ def require_compiler():
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 
-def compile_for(chip, step, args, donated=0):
+def compile_for(chip, step, args, donated=0, schedules=None):
     """step(*args), args all arrays, Compiled for `chip`; the first `donated` ones give their bytes to the results.
 
-    CompileError if the compiler refuses it.
+    `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time; none are written
+    where the chip is there. CompileError if the compiler refuses the step.
     """
     if jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
         try:
@@ -2307,7 +2415,11 @@ def compile_for(chip, step, args, donated=0):
         folder = Path(folder)
         (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
         command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(donated)]
-        done = subprocess.run(command, env=os.environ | COMPILER_ENVIRONMENT, capture_output=True, text=True)
+        environment = os.environ | COMPILER_ENVIRONMENT
+        if schedules:
+            flags = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_pass_label_regex=final_bundles"
+            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "error").exists():
             raise CompileError((folder / "error").read_text())
         if done.returncode:
@@ -2521,21 +2633,65 @@ def splash_seconds(op, chip, windows):
 
 
 # %% Our kernels tags=["shared"]
-# Cycles for 1,024 elements by the schedules of our own kernels (benchmarks/kernel_cycles.py --ours); 8 heads of 128.
-HEADS_CYCLES = {
-    "turned_forward_kernel": {"v6e": 5.3, "v5e": 6.7}, "turned_backward_kernel": {"v6e": 7.0, "v5e": 9.6},
-    "split_kernel": {"v6e": 0.6, "v5e": 1.1}, "merge_kernel": {"v6e": 0.9, "v5e": 1.6},
-}  # fmt: skip
+BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
 
 
-def heads_seconds(op, chip):
-    """Seconds of one of our kernels for heads, by its schedule or its bytes, or None if `op` is another kernel."""
-    name = next((name for name in HEADS_CYCLES if op.name.startswith(name)), None)
-    shape = re.search(r"operand_layout_constraints=\{\w+\[([\d,]+)\]", op.rest)
-    if not (name and shape):
-        return None
-    elements = math.prod(int(n) for n in shape[1].split(","))
-    return max(elements / 1024 * HEADS_CYCLES[name][chip] / CHIPS[chip].clock, op_seconds(op, chip))
+def bundles(path):
+    """[(depth of the loop that it is in, text)] of each bundle of instructions in the schedule that the compiler writes
+    of a kernel. A bundle takes one cycle if nothing stalls."""
+    found = []
+    for line in path.read_text(errors="replace").split("\n"):
+        if match := BUNDLE.match(line):
+            found.append([match[1].count(">"), match[2]])
+        elif found:
+            found[-1][1] += line
+    return found
+
+
+def branches(schedule):
+    """[(first bundle, number of bundles)] in the grid's loop that a predicated branch can jump over, the long ones."""
+    ends, found = {}, []
+    for i, (_, text) in enumerate(schedule):
+        for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
+            ends.setdefault(region, i)
+    for i, (depth, text) in enumerate(schedule):
+        branch = re.search(r"sbr\.rel \([^)]*\) target = \$region(\d+)", text)
+        if branch and depth and ends.get(branch[1], 0) > i + 20:
+            found.append((i + 1, ends[branch[1]] - i))
+    return found
+
+
+def program_cycles(schedule, group):
+    """Cycles of one program of fused attention. What only one query head of a group does counts 1/group."""
+    found = branches(schedule)
+    start, size = max(found, key=lambda branch: branch[1])  # the program, if one is left to do
+    once = sum(n for i, n in found if start < i and i + n < start + size)
+    return sum(depth > 0 for depth, _ in schedule) - once * (1 - 1 / group)
+
+
+def attention_seconds(config, chip):
+    """{(kernel, window): seconds} of fused attention in one layer, from the schedules of its kernels, compiled alone.
+
+    Empty where the model uses another kernel, and on a real TPU, which is better asked by running.
+    """
+    B, T, N, K, H = config.device_batch_size, config.seq_len, config.n_head, config.kv_heads, config.head_dim
+    found = {}
+    if config.attn_impl not in ("auto", "fused") or not fits_vmem(T, H):
+        return found
+    shapes = [jax.ShapeDtypeStruct((2 * T, n * H), config.compute_dtype) for n in (N, K, K, N)]
+    for window in dict.fromkeys(config.windows):
+
+        def step(q, k, v, g, window=window):
+            y, pullback = jax.vjp(lambda *qkv: attend(config, *qkv, T, window), q, k, v)
+            return y, *pullback(g)
+
+        with tempfile.TemporaryDirectory() as folder:
+            compile_for(chip, step, shapes, schedules=folder)
+            for path in Path(folder).glob("*attention_*_kernel*-final_bundles.txt"):
+                if "schedule-analysis" not in path.name:
+                    kernel = re.search(r"attention_\w+?_kernel", path.name)[0]
+                    found[kernel, window] = B * N * program_cycles(bundles(path), N // K) / CHIPS[chip].clock
+    return found
 
 
 # %% Estimate tags=["shared"]
@@ -2545,8 +2701,12 @@ REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published m
 def component(op):
     """(component, 'forward' | 'backward') of an op, by its named scopes."""
     direction = "backward" if re.search(r"transpose\(|rematted", op.scope) else "forward"
-    if op.opcode == "custom-call" and "tpu_custom_call" in op.rest and "splash" in op.name + op.scope:
-        return "attention kernel", "backward" if re.search("dkv|dq|bwd", op.name) else direction
+    if (
+        op.opcode == "custom-call"
+        and "tpu_custom_call" in op.rest
+        and re.search("splash|attention", op.name + op.scope)
+    ):
+        return "attention kernel", "backward" if re.search("dkv|dq|bwd|backward", op.name) else direction
     scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
     found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
     names = {"lm_head": "head and loss", "loss": "head and loss", "attn": "attention", "embed": "embedding"}
@@ -2563,14 +2723,26 @@ def op_seconds(op, chip):
     return max(op.traffic / (REACHED_BANDWIDTH * CHIPS[chip].bandwidth), matmul, cycles - matmul)
 
 
-def estimate(text, chip, windows):
-    """({(component, direction): seconds}, [names of kernels that could not be counted]) of a compiled program."""
+def kernel_seconds(op, chip, windows, ours):
+    """Seconds of a Pallas kernel, or None if it is not known; `ours` as by attention_seconds."""
+    if kernel := re.match(r"attention_\w+?_kernel", op.name):
+        layer = re.search(r"layer_(\d+)", op.scope)
+        window = windows[int(layer[1])] if layer else max(windows)
+        return max(ours[kernel[0], window], op_seconds(op, chip)) if (kernel[0], window) in ours else None
+    return splash_seconds(op, chip, windows)
+
+
+def estimate(text, chip, windows, ours=types.MappingProxyType({})):
+    """({(component, direction): seconds}, [names of kernels that could not be counted]) of a compiled program.
+
+    `windows`: of each layer; `ours`: what attention_seconds found.
+    """
     parts, unknown = collections.Counter(), []
     for op in schedule(text):
         if re.search("-(start|done|update)$", op.opcode):  # copies beside the arithmetic
             continue
         if "tpu_custom_call" in op.rest:
-            seconds = splash_seconds(op, chip, windows) or heads_seconds(op, chip)
+            seconds = kernel_seconds(op, chip, windows, ours)
             if seconds is None:
                 unknown.append(op.name)
                 seconds = op_seconds(op, chip)  # its bytes alone
@@ -2701,7 +2873,7 @@ def preflight(config, chip="v6e"):
         return {"fits": False, "reason": why, "device_batch_size": batch}
     print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
     peak = describe_memory(config, chip, compiled)
-    parts, unknown = estimate(compiled.text, chip, config.windows)
+    parts, unknown = estimate(compiled.text, chip, config.windows, attention_seconds(config, chip))
     seconds = sum(parts.values())
     rate, mfu = describe_time(config, chip, seconds)
     describe_parts(parts, unknown)

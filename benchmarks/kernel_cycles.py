@@ -1,6 +1,6 @@
 """How many cycles splash attention takes, by the instruction schedule of its own kernels: the tables of preflight.
 
-    python benchmarks/kernel_cycles.py [--ours] [--chips v6e v5e] [--head_dims 128 256] [--blocks 128 256 512 1024]
+    python benchmarks/kernel_cycles.py [--chips v6e v5e] [--head_dims 128 256] [--blocks 128 256 512 1024]
 
 The TPU's compiler writes the final schedule of a kernel where it is told to: one line is one bundle of instructions,
 and takes one cycle if nothing stalls. For T=2048, bfloat16, a causal mask (L) and one with a window of 1024 (S), it
@@ -14,8 +14,7 @@ Then every entry of the tables in 02_train.py, of its cell "Splash kernels": wha
 the largest difference. BLOCK_CYCLES are the blocks of L; WINDOW_FACTOR is S / L for blocks of 512 and 1024;
 ROW_CYCLES are those of a row for each of its tokens, for the block nearest to 512; STEP_CYCLES the mean of all. 02 has
 one number for all head_dims in the last three, so they are compared with each. A new libtpu may schedule otherwise:
-run this, and correct the tables. A minute or two on two cores. --ours: the kernels of 02_train.py itself, 8 heads of
-128, in cycles for 1,024 elements, beside HEADS_CYCLES.
+run this, and correct the tables. A minute or two on two cores.
 """
 
 import argparse
@@ -38,31 +37,6 @@ from tools.notebooks import load  # noqa: E402
 
 nb = load(ROOT / "02_train.py")
 T, WINDOWS, KERNELS = 2048, {"L": 2048, "S": 1024}, ("fwd", "dkv", "dq")
-BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
-
-
-def bundles(path):
-    """[(depth of the loop that it is in, text)] of each bundle of a schedule."""
-    found = []
-    for line in path.read_text(errors="replace").split("\n"):
-        if match := BUNDLE.match(line):
-            found.append([match[1].count(">"), match[2]])
-        elif found:
-            found[-1][1] += line
-    return found
-
-
-def branches(schedule):
-    """[(first bundle, number of bundles)] inside the loop that a predicated branch can jump over, the long ones."""
-    ends, found = {}, []
-    for i, (_, text) in enumerate(schedule):
-        for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
-            ends.setdefault(region, i)
-    for i, (depth, text) in enumerate(schedule):
-        branch = re.search(r"sbr\.rel \([^)]*\) target = \$region(\d+)", text)
-        if branch and depth and ends.get(branch[1], 0) > i + 20:
-            found.append((i + 1, ends[branch[1]] - i))
-    return found
 
 
 def count(schedule):
@@ -71,7 +45,7 @@ def count(schedule):
     def within(a, b):
         return a != b and b[0] <= a[0] and a[0] + a[1] <= b[0] + b[1] + 2
 
-    found = branches(schedule)
+    found = nb.branches(schedule)
     # The block is the longest branch that is not merely a wrapper of one that is nearly as long.
     block = max((r for r in found if not any(within(x, r) and x[1] > r[1] / 2 for x in found)), key=lambda r: r[1])
     others = [r for r in found if r != block and not within(r, block) and not within(block, r)]
@@ -89,30 +63,10 @@ def kernels(chip, head_dim, block, window):
         return y, *pullback(g)
 
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=final_bundles"
-        nb.compile_for(chip, attend, [jax.ShapeDtypeStruct((8, 8, T, head_dim), jnp.bfloat16)] * 4)
+        nb.compile_for(chip, attend, [jax.ShapeDtypeStruct((8, 8, T, head_dim), jnp.bfloat16)] * 4, schedules=folder)
         found = {}
         for path in sorted(Path(folder).glob("*splash_mha_*-final_bundles.txt")):
-            found.setdefault(re.search(r"splash_mha_(fwd|dkv|dq)", path.name)[1], count(bundles(path)))
-    return found
-
-
-def our_kernels(chip, B=4, N=8, H=128):
-    """{kernel: cycles for 1,024 elements} of 02_train.py's own kernels for heads."""
-
-    def step(x, g):
-        y, turned = jax.vjp(lambda x: nb.normed_heads(x, *nb.rope_tables(T, H)), x)
-        z, merged = jax.vjp(nb.from_heads, y)
-        return y, z, *turned(g), *merged(x)
-
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=final_bundles"
-        shapes = (B * T, N * H), (B, N, T, H)
-        nb.compile_for(chip, step, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes])
-        found = {}
-        for name in nb.HEADS_CYCLES:
-            path = sorted(Path(folder).glob(f"*-{name}*-final_bundles.txt"))[0]
-            found[name] = sum(depth > 0 for depth, _ in bundles(path)) / (512 * N * H / 1024)  # tiles of 512 tokens
+            found.setdefault(re.search(r"splash_mha_(fwd|dkv|dq)", path.name)[1], count(nb.bundles(path)))
     return found
 
 
@@ -148,13 +102,7 @@ def main():
     parser.add_argument("--chips", nargs="*", default=list(nb.CHIPS), choices=list(nb.CHIPS))
     parser.add_argument("--head_dims", nargs="*", type=int, default=[128, 256], choices=(128, 256))
     parser.add_argument("--blocks", nargs="*", type=int, default=list(nb.BLOCK_SIZES), choices=nb.BLOCK_SIZES)
-    parser.add_argument("--ours", action="store_true", help="02_train.py's own kernels, not splash")
     args = parser.parse_args()
-    if args.ours:
-        for chip in args.chips:
-            for name, cycles in our_kernels(chip).items():
-                print(f"{chip}  {name:24}{cycles:6.2f}   in 02_train.py {nb.HEADS_CYCLES[name][chip]:6.2f}")
-        return
     print("chip   H  block  window   " + "".join(f"{kind + ': step  row  block  ratio':>34}" for kind in KERNELS))
     found = {}
     for chip, head_dim, block, name in itertools.product(args.chips, args.head_dims, args.blocks, WINDOWS):

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-SHAPES = [(2, 3, 256, 128), (1, 2, 384, 256), (3, 1, 128, 128)]  # B, N, T, H; tiles of 256, 128 and 128 tokens
-
 
 def normal(seed, shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, dtype)
@@ -18,64 +16,132 @@ def differ(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-# ---- heads
+# ---- attention
 
 
-@pytest.mark.parametrize(("B", "N", "T", "H"), SHAPES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_turned_heads(nb, B, N, T, H, dtype):
-    """Forward and gradient: to float32's rounding, and in bfloat16 to one rounding of the result."""
-    x, g = normal(0, (B * T, N * H), dtype), normal(1, (B, N, T, H), dtype)
-    cos, sin = (jnp.asarray(table) for table in nb.rope_tables(T, H))
-    plain, plain_vjp = jax.vjp(lambda x: nb.norm_and_rope(nb.split_heads(x, T, H), cos, sin), x)
-    turned, turned_vjp = jax.vjp(lambda x: nb.turned_heads(x, cos, sin, True), x)
-    tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
-    assert turned.dtype == plain.dtype and turned.shape == (B, N, T, H)
-    assert differ(turned, plain) < tolerance
-    (want,), (have,) = plain_vjp(g), turned_vjp(g)
-    assert have.dtype == want.dtype and differ(have, want) < tolerance
+CASES = [  # N, K, T, H, window: tiles of 512, 256 and 128 queries, groups, windows that end inside a tile of keys
+    (2, 2, 512, 128, 512), (4, 2, 512, 128, 200), (3, 1, 1024, 128, 512), (2, 2, 768, 128, 300), (4, 1, 384, 256, 384),
+    (1, 1, 128, 128, 5), (2, 1, 256, 128, 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("B", "N", "T", "H"), SHAPES)
-def test_moved_heads(nb, B, N, T, H):
-    """Not a bit changes on the way there, back, and in the gradients."""
-    x, y = normal(0, (B * T, N * H), jnp.bfloat16), normal(1, (B, N, T, H), jnp.bfloat16)
-    there, there_vjp = jax.vjp(lambda x: nb.moved_heads(x, T, H, True, True), x)
-    back, back_vjp = jax.vjp(lambda y: nb.moved_heads(y, T, H, False, True), y)
-    assert (there == nb.split_heads(x, T, H)).all() and (back == nb.merge_heads(y)).all()
-    assert (there_vjp(y)[0] == nb.merge_heads(y)).all() and (back_vjp(x)[0] == nb.split_heads(x, T, H)).all()
+def projections(N, K, T, H, B=2, dtype=jnp.float32):
+    """q, k, v and a gradient, as the matmuls leave them: [B·T, N·H], [B·T, K·H]."""
+    return [normal(i, (B * T, n * H), dtype) for i, n in enumerate((N, K, K, N))]
 
 
-def test_scaled_tables_scale_the_queries(nb):
-    """What project_qkv does instead of scaling q: the same numbers, to float32's rounding."""
-    x, scale = normal(0, (2 * 128, 3 * 128)), np.float32(128**-0.5)
-    cos, sin = nb.rope_tables(128, 128)
-    want = scale * nb.norm_and_rope(nb.split_heads(x, 128, 128), cos, sin)
-    assert differ(nb.normed_heads(x, scale * cos, scale * sin), want) < 1e-6
-    have = nb.turned_heads(x, jnp.asarray(scale * cos), jnp.asarray(scale * sin), True)
-    assert differ(have, want) < 1e-6
+def attend(nb, impl, N, K, T, H, window, q, k, v, g):
+    """What attend returns, and the gradients of q, k and v."""
+    config = nb.Config(n_head=N, n_kv_head=K, head_dim=H, seq_len=T, aspect_ratio=N * H, attn_impl=impl)
+
+    @jax.jit
+    def run(q, k, v, g):
+        y, pullback = jax.vjp(lambda *qkv: nb.attend(config, *qkv, T, window), q, k, v)
+        return y, *pullback(g)
+
+    return run(q, k, v, g)
 
 
-@pytest.mark.parametrize("impl", ["einsum", "jax", "splash", "pallas"])
-def test_the_scale_of_attention(nb, impl):
-    """Scaling the queries and asking for no scale is the same as leaving it to attention."""
-    q, k, v = (normal(i, (1, 2, 128, 128)) for i in range(3))
-    options = dict(window=128, impl=impl, block_size=128)
-    want = nb.attention(q, k, v, **options)
-    assert differ(nb.attention(q * 128**-0.5, k, v, scale=1.0, **options), want) < 1e-5
-    assert differ(nb.attention(q, k, v, scale=0.3, **options), want) > 0.1
+@pytest.mark.parametrize("case", CASES)
+def test_fused_attention(nb, case):
+    """Forward and the three gradients in float32, against the plain functions: sums of some hundred terms, each of
+    which is rounded at 6e-8. The worst seen is 1.5e-6 of the largest entry."""
+    arrays = projections(*case[:4])
+    for have, want in zip(attend(nb, "fused", *case, *arrays), attend(nb, "einsum", *case, *arrays), strict=True):
+        assert have.shape == want.shape and have.dtype == want.dtype
+        assert differ(have, want) < 5e-6
 
 
-@pytest.mark.parametrize(("T", "H"), [(96, 128), (128, 64)])
-def test_heads_that_the_tiles_do_not_fit(nb, T, H):
-    """The plain functions, on every platform: the program for a TPU has no kernel of ours."""
-    x, (cos, sin) = jnp.zeros((2 * T, 3 * H), jnp.bfloat16), nb.rope_tables(T, H)
-    step = jax.jit(lambda x: nb.from_heads(nb.normed_heads(x, cos, sin) + nb.to_heads(x, T, H)))
+@pytest.mark.parametrize("case", CASES[1:5:3])
+def test_fused_attention_in_bfloat16(nb, case):
+    """Against float32 from the same inputs: turned heads, probabilities and results are rounded to 8 bits each, 2^-9,
+    and the sums are kept in float32."""
+    arrays = projections(*case[:4], dtype=jnp.bfloat16)
+    wants = attend(nb, "einsum", *case, *(x.astype(jnp.float32) for x in arrays))
+    for have, want in zip(attend(nb, "fused", *case, *arrays), wants, strict=True):
+        assert have.dtype == jnp.bfloat16 and differ(have, want) < 2**-6
+
+
+@pytest.mark.parametrize("window", [256, 100, 0])
+def test_fused_attention_sees_what_it_should(nb, window):
+    """A key and a value that change at s change the queries s … s + window, and not one bit of any other."""
+    T, H = 256, 128
+    places, t = np.array([0, 100, 127, 128, T - 1]), np.arange(T)
+    here = jnp.asarray(places[:, None] == t).reshape(-1, 1)  # a sequence for each place
+    q, k, v, g = (jnp.tile(x, (len(places), 1)) for x in projections(1, 1, T, H, B=1))
+
+    def run(k, v):
+        return np.asarray(attend(nb, "fused", 1, 1, T, H, window, q, k, v, g)[0])
+
+    changed = (run(jnp.where(here, -k, k), jnp.where(here, v + 100, v)) != run(k, v)).any(1).reshape(len(places), T)
+    np.testing.assert_array_equal(changed, (places[:, None] <= t) & (t <= places[:, None] + window))
+
+
+def test_large_projections_do_not_overflow(nb):
+    """The softmax has no running maximum: QK-norm bounds the scores, whatever the projections are."""
+    case = (2, 2, 256, 128, 256)
+    q, _, v, g = projections(*case[:4])
+    arrays = 1e4 * q, 1e4 * q, v, g  # keys equal to their queries: the scores on the diagonal are the bound, √H
+    for have, want in zip(attend(nb, "fused", *case, *arrays), attend(nb, "einsum", *case, *arrays), strict=True):
+        assert np.isfinite(have).all() and differ(have, want) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "kernel"),
+    [(256, 128, "attention_forward_kernel"), (4096, 128, "attention_forward_kernel"), (8192, 128, "splash"),
+     (256, 64, "splash"), (100, 128, None)],
+)  # fmt: skip
+def test_what_auto_is_on_a_tpu(nb, T, H, kernel):
+    """The fused kernel where it fits, else splash, else XLA's."""
+    config = nb.Config(n_head=1, head_dim=H, seq_len=T, aspect_ratio=H, attn_impl="auto")
+    x = jax.ShapeDtypeStruct((T, H), jnp.bfloat16)
+    step = jax.jit(lambda x: nb.attend(config, x, x, x, T, T))
     text = step.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    for name in ("attention_forward_kernel", "splash"):
+        assert (name in text) == (name == kernel), name
+    assert ("tpu_custom_call" in text) == bool(kernel)
+    text = step.trace(x).lower(lowering_platforms=("cpu",)).as_text()
     assert "tpu_custom_call" not in text
-    x, (cos, sin) = jnp.zeros((2 * 128, 3 * 128), jnp.bfloat16), nb.rope_tables(128, 128)
-    step = jax.jit(lambda x: nb.from_heads(nb.normed_heads(x, cos, sin) + nb.to_heads(x, 128, 128)))
-    assert step.trace(x).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize(("T", "H"), [(8192, 128), (100, 128), (256, 64), (4096, 256)])
+def test_fused_attention_refuses_what_does_not_fit(nb, T, H):
+    with pytest.raises(nb.InputError, match=rf"attn_impl='fused': .*seq_len={T} and head_dim={H}.*splash"):
+        nb.Config(n_head=1, head_dim=H, seq_len=T, aspect_ratio=H, attn_impl="fused")
+
+
+def test_a_model_trains_with_fused_attention(nb):
+    """Two steps of the whole model, S and L layers, from one state: the losses of einsum, to float32's rounding."""
+    losses = {}
+    for impl in ("fused", "einsum"):
+        config = nb.Config(
+            n_head=2, n_kv_head=1, head_dim=128, aspect_ratio=128, vocab_size=300, seq_len=128, device_batch_size=2,
+            compute_dtype="float32", attn_impl=impl, num_iterations=2, learning_rate=0.01, window_pattern="SL",
+        )  # fmt: skip
+        state = nb.init_train_state(config)
+        tokens = jax.random.randint(jax.random.key(0), (2, 129), 0, 300)
+        losses[impl] = []
+        for _ in range(2):
+            state, metrics = nb.train_step(config, state, tokens[:, :-1], tokens[:, 1:])
+            losses[impl] += [float(metrics["loss"]), float(metrics["grad_norm"])]
+    np.testing.assert_allclose(losses["fused"], losses["einsum"], rtol=1e-5)
+
+
+class FakeGpu:
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "H", "dtype", "takes"),
+    [("9.0", 128, jnp.bfloat16, True), ("9.0", 256, jnp.bfloat16, True), ("8.0", 256, jnp.bfloat16, False),
+     ("8.9", 64, jnp.bfloat16, True), ("7.5", 64, jnp.bfloat16, False), ("9.0", 128, jnp.float32, False),
+     ("9.0", 100, jnp.bfloat16, False), ("gfx90a", 128, jnp.bfloat16, False), (None, 128, jnp.bfloat16, False)],
+)  # fmt: skip
+def test_when_cudnn_is_taken(nb, monkeypatch, capability, H, dtype, takes):
+    """By NVIDIA's own rule: compute capability 8.0, heads of at most 128, or 256 from 9.0 on, in steps of 8."""
+    monkeypatch.setattr(jax, "devices", lambda: [FakeGpu(capability) if capability else object()])
+    assert nb.cudnn_takes(jax.ShapeDtypeStruct((2, 128, 4, H), dtype)) == takes
 
 
 # ---- the loss

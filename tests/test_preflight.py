@@ -71,6 +71,7 @@ def test_a_kernel_over_vmem_is_named(tmp_path):
         "--aspect_ratio=128",
         "--vocab_size=512",
         "--device_batch_size=1",
+        "--attn_impl=splash",
         "--splash_block_size=2048",
     )
     done = script(tmp_path, "--preflight=v5e", *options)

@@ -68,16 +68,13 @@ PROGRAMS = [("v6e", impl, 1) for impl in ("auto", "einsum", "jax", "splash", "pa
 
 @pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)
 def test_attention_is_the_kernel_asked_for(compile_step, chip, impl, accumulate):
-    """`auto` is splash, as the chip compiled for decides, not the host. Two layers have three kernels each: forward,
-    dq, dkv."""
+    """`auto` is our fused one, as the chip compiled for decides, not the host. Two layers have two kernels each,
+    forward and backward, or with jax's three: forward, dq, dkv."""
     *_, compiled = compile_step(chip, impl, accumulate)
     calls = re.findall(r"^ *(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", compiled.as_text(), re.M)
-    ours = [name for name in calls if re.match("(split|merge|turned_forward|turned_backward)_kernel", name)]
-    assert len(ours) == 2 * 8  # q and k turned, v split, y merged, and each of them back
-    kernel = {"auto": "splash_mha", "splash": "splash_mha", "pallas": "flash"}.get(impl)
-    attend = [name for name in calls if name not in ours]
-    assert len(attend) == (6 if kernel else 0), calls
-    assert all(kernel in name for name in attend), calls
+    kernel = {"auto": "attention", "splash": "splash_mha", "pallas": "flash"}.get(impl)
+    assert len(calls) == {"auto": 4, "splash": 6, "pallas": 6}.get(impl, 0), calls
+    assert all(kernel in name for name in calls), calls
 
 
 @pytest.mark.parametrize(("chip", "impl", "accumulate"), PROGRAMS)

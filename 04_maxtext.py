@@ -1,0 +1,3025 @@
+# ---
+# jupyter:
+#   accelerator: TPU
+#   colab:
+#     gpuType: V6E1
+#     machine_shape: hm
+#     provenance: []
+#     toc_visible: true
+#   jupytext:
+#     cell_metadata_filter: title,tags,-all
+#     comment_magics: false
+#     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A wider model: 369M parameters, MaxText's dimensions
+#
+# The second model of tpuchat. [MaxText](https://github.com/AI-Hypercomputer/maxtext), Google's trainer for TPU pods,
+# taught the field what keeps a TPU's matrix unit busy: dimensions that are multiples of 256, few and wide heads, and a
+# choice, for each model, of what the backward pass remembers and what it computes again. This notebook takes those
+# habits to one chip. Press *Run all*: on a CPU a demo trains in minutes, on a TPU v6e the 369M model does.
+#
+# Everything that is not in this table is `02_train.py`'s, cell by cell, and explained there.
+#
+# | | 02_train.py | here | expected to |
+# |---|---|---|---|
+# | shape | D = N·H, L = D / 64 | explicit, each dimension a multiple of 256 | fill the 256 × 256 matrix unit of a v6e |
+# | heads | 8 of 128, each its own K/V head | 4 of 256, 2 K/V heads | halve attention: 128 fill half of the unit |
+# | MLP | ReLU², 4·D | SwiGLU, 3·D (Shazeer 2020) | lower the loss a little at equal parameters |
+# | residual | a·x + b·x0, learned | plain pre-norm (Xiong et al. 2020) | save a pass over the residual stream |
+# | windows | SSSL | the whole context | see further; 12% more FLOPs |
+# | loss | one matmul with the head | in chunks, gradients at once, no logits kept | save memory (MaxText, Liger) |
+# | backward | keeps what autodiff keeps | a named policy: `remat` | trade memory against time (MaxText) |
+# | layers | unrolled | unrolled or scanned | trade compile time against time |
+# | learning rate | 3e-4 | 7e-4 | |
+
+# %% [markdown]
+# ## Setup
+
+# %% Install tags=["run"]
+import importlib.util
+import subprocess
+import sys
+
+packages = (
+    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "xprof",
+    "matplotlib", "tqdm",
+)  # fmt: skip
+missing = [package for package in packages if importlib.util.find_spec(package) is None]
+if missing and "get_ipython" in globals():
+    print("installing", *missing)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+
+# %% Imports tags=["shared"]
+import argparse
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import queue
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tiktoken
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from tqdm import tqdm
+
+# %% Environment tags=["shared"]
+GITHUB = "tpuchat/tpuchat"
+IN_NOTEBOOK = "get_ipython" in globals()
+
+
+class InputError(ValueError):
+    """Something that a person gave is wrong: a Config value, a file, a checkpoint. The message is one line that says
+    what was wrong, the value, and what to do. As a script, it is printed to stderr and the exit status is 2."""
+
+
+def get_secret(name):
+    """A secret by name, or None: Colab's secrets panel first, then the environment. Never required."""
+    try:
+        from google.colab import userdata
+
+        value = userdata.get(name)
+    except Exception:  # not in Colab, not granted, or not there: Colab raises a different class for each
+        value = os.environ.get(name)
+    return (value or "").strip() or None  # it may have been pasted with the end of its line
+
+
+def someone_watches():
+    """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
+    return IN_NOTEBOOK or sys.stderr.isatty()
+
+
+def cache_dir():
+    """Where what takes long to make or to get stays between runs."""
+    return Path.home() / ".cache" / "tpuchat"
+
+
+def format_time(seconds):
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def in_background(function):
+    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="background", daemon=True).start()
+    return future
+
+
+# %% XLA on this machine tags=["shared"]
+# XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
+# which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        ctypes.CDLL(None).mallopt(option, value)
+
+# Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
+if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
+
+# %% [markdown]
+# ## Config
+#
+# Every dimension is explicit. A matrix unit of 256 × 256 works on whole tiles: a dimension of 1,000 costs as much as
+# 1,024. So other dimensions than multiples of 256 are refused, with the nearest ones that work.
+#
+# `remat` and `loss_chunks` are about memory, `layers` about compile time; the section *What is remembered* has the
+# numbers behind the defaults.
+
+
+# %% Config helpers tags=["shared"]
+def free(default):
+    """A Config field that is not part of the compiled program: changing it compiles nothing."""
+    return dataclasses.field(default=default, compare=False)
+
+
+def require(ok, name, value, rule):
+    """Raises an InputError that names the Config field, its value and the rule that it breaks, unless `ok`."""
+    if not ok:
+        raise InputError(f"{name}={value!r}: {rule}")
+
+
+def check_types(config):
+    """Every field has its declared type (an int serves as a float), and no float is infinite or NaN."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kinds = (int, float) if field.type is float else field.type
+        require(
+            isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
+            f"must be of type {field.type.__name__}, not {type(value).__name__}",
+        )  # fmt: skip
+        if field.type is float:
+            require(abs(value) <= sys.float_info.max, field.name, value, "must be a finite number")  # NaN fails, too
+            object.__setattr__(config, field.name, float(value))
+
+
+# %% Choices of every model tags=["shared"]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What the models of all notebooks have in common. A Config adds its architecture: n_embd, mlp_dim and depth, and
+    check_architecture, which is called before anything is computed from them."""
+
+    # Compiled: the architecture
+    n_head: int = 8  # N
+    n_kv_head: int = -1  # K: each key/value head serves N/K query heads; -1 = n_head
+    head_dim: int = 128  # H
+    vocab_size: int = 32768  # V
+    seq_len: int = 2048  # T
+    window_pattern: str = "SSSL"  # layer i takes letter i mod len: S sees T/2 tokens back, L all; the last layer is L
+    softcap: float = 15.0  # logits are softcap·tanh(logits/softcap)
+
+    # Compiled: how the step runs
+    attn_impl: str = "auto"  # einsum | jax | splash | pallas | fused; auto = fused on TPU, jax on GPU, einsum on CPU
+    splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
+    compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
+    device_batch_size: int = 4  # sequences per forward and backward pass
+    total_batch_size: int = -1  # tokens per optimizer step; -1 = device_batch_size·T, larger accumulates gradients
+
+    # Free: optimization, traced scalars on the device
+    learning_rate: float = free(3e-4)
+    weight_decay: float = free(0.1)
+    beta1: float = free(0.9)
+    beta2: float = free(0.95)
+    eps: float = free(1e-8)
+    warmup_ratio: float = free(0.02)  # of the steps: linear from 0 to the full learning rate
+    warmdown_ratio: float = free(0.5)  # of the steps: linear down to final_lr_frac of it
+    final_lr_frac: float = free(0.0)
+    num_iterations: int = free(-1)  # optimizer steps; -1 = target_param_data_ratio tokens for each parameter
+    target_param_data_ratio: float = free(10.0)
+
+    # Free: the host
+    dataset: str = free("karpathy/fineweb-edu-100b-shuffle")  # 'embedded', a folder of parquet shards, or a Hub id
+    num_shards: int = free(50)  # use at most so many training shards, from the first; -1 = all
+    hf_repo_id: str = free("")  # your own Hub repo, where a tokenizer may wait
+    run_dir: str = free("runs/train")
+    resume: str = free("auto")  # auto = go on with an unfinished run in run_dir; never = always a new folder
+    seed: int = free(0)
+    log_interval: int = free(10)  # steps; for this and the next three, 0 = never
+    eval_interval: int = free(500)
+    sample_interval: int = free(2000)
+    save_interval: int = free(5000)
+    profile_steps: int = free(3)  # steps in the middle of the run that are traced for XProf
+    eval_tokens: int = free(524_288)  # validation tokens of a periodic evaluation
+    final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
+
+    def __post_init__(self):
+        check_types(self)
+        positive = (
+            "n_head", "head_dim", "seq_len", "softcap", "splash_block_size", "device_batch_size", "learning_rate",
+            "eps", "target_param_data_ratio", "eval_tokens",
+        )  # fmt: skip
+        for name in positive:
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(self.seq_len > 1, "seq_len", self.seq_len, "must be at least 2: a token, and the one after it")
+        require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
+        require(
+            self.softcap <= 70,
+            "softcap",
+            self.softcap,
+            "must be at most 70: the loss takes exp of the logits as they are",
+        )
+        for name in ("log_interval", "eval_interval", "sample_interval", "save_interval", "profile_steps", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
+            value = getattr(self, name)
+            require(value == -1 or value > 0, name, value, "must be positive, or -1 for the default rule")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
+        for name in ("weight_decay", "warmup_ratio", "warmdown_ratio", "final_lr_frac"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.final_lr_frac <= 1, "final_lr_frac", self.final_lr_frac, "must be at most 1")
+        ratios = self.warmup_ratio + self.warmdown_ratio
+        require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
+
+        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs")
+        require(
+            self.vocab_size > 256, "vocab_size", self.vocab_size, "must be above 256: a token for each byte, and BOS"
+        )
+        require(
+            self.window_pattern and set(self.window_pattern) <= {"S", "L"}, "window_pattern", self.window_pattern,
+            "must be made of the letters S (short window) and L (the whole context)",
+        )  # fmt: skip
+        self.check_architecture()
+
+        impls, dtypes = ("auto", "einsum", "jax", "splash", "pallas", "fused"), ("bfloat16", "float32")
+        require(self.attn_impl in impls, "attn_impl", self.attn_impl, f"must be one of {', '.join(impls)}")
+        require(
+            self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"must be one of {', '.join(dtypes)}"
+        )
+        require(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
+        if self.attn_impl in ("splash", "pallas"):
+            check_block_size(self.splash_block_size, self.seq_len)
+        if self.attn_impl == "fused":
+            check_fits_vmem(self.seq_len, self.head_dim)
+        if self.attn_impl == "pallas":
+            require(
+                all(window >= self.seq_len for window in self.windows), "attn_impl", "pallas",
+                f"is causal only and cannot honour window_pattern={self.window_pattern!r}: "
+                "set window_pattern='L', or attn_impl='splash'",
+            )  # fmt: skip
+        microbatch = self.device_batch_size * self.seq_len
+        require(
+            self.total_batch_size == -1 or self.total_batch_size % microbatch == 0, "total_batch_size",
+            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len = {microbatch}",
+        )  # fmt: skip
+
+    @property
+    def kv_heads(self):  # K
+        return self.n_head if self.n_kv_head == -1 else self.n_kv_head
+
+    @property
+    def windows(self):
+        """How many tokens back each layer sees: T // 2 for S, T for L. The last layer always sees everything."""
+        letters = itertools.islice(itertools.cycle(self.window_pattern), self.depth - 1)
+        return [self.seq_len // 2 if letter == "S" else self.seq_len for letter in letters] + [self.seq_len]
+
+    @property
+    def tokens_per_step(self):
+        return self.device_batch_size * self.seq_len if self.total_batch_size == -1 else self.total_batch_size
+
+    @property
+    def grad_accum_steps(self):
+        return self.tokens_per_step // (self.device_batch_size * self.seq_len)
+
+    @property
+    def total_steps(self):
+        """Optimizer steps of the run."""
+        if self.num_iterations != -1:
+            return self.num_iterations
+        tokens = self.target_param_data_ratio * count_params(self)["total"]
+        return max(1, round(tokens / self.tokens_per_step))
+
+    def replace(self, **changes):
+        """A copy with some fields changed, validated again."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
+        return dataclasses.replace(self, **changes)
+
+
+# %% Config
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(BaseConfig):
+    """All choices of a run. `Config()` is the 369M model; wrong values raise InputError (a ValueError)."""
+
+    # Compiled
+    n_embd: int = 1024  # D
+    n_layer: int = 24  # L
+    mlp_dim: int = 3072  # F
+    n_head: int = 4
+    n_kv_head: int = 2
+    head_dim: int = 256
+    window_pattern: str = "L"
+    device_batch_size: int = 8
+    remat: str = "none"  # what the backward pass computes again: none | minimal (all but the matmuls) | full (layers)
+    loss_chunks: int = 1  # pieces of the tokens for which the head and the loss are computed, one after the other
+    layers: str = "unrolled"  # unrolled | scanned: one program for all layers, in a loop
+
+    # Free
+    learning_rate: float = free(7e-4)
+    run_dir: str = free("runs/maxtext")
+
+    def check_architecture(self):
+        for name in ("n_embd", "n_layer", "mlp_dim", "loss_chunks"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("n_embd", "mlp_dim", "head_dim", "vocab_size", "seq_len"):
+            value = getattr(self, name)
+            below, above = value // 256 * 256, -(-value // 256) * 256
+            nearest = f"{below} or {above}" if below else f"{above}"
+            require(value % 256 == 0, name, value, f"must be a multiple of 256, the matrix unit's width: {nearest}")
+        remats = ("none", "minimal", "full")
+        require(self.remat in remats, "remat", self.remat, f"must be one of {', '.join(remats)}")
+        rows = self.device_batch_size * self.seq_len
+        require(
+            rows % self.loss_chunks == 0, "loss_chunks", self.loss_chunks, f"must divide the {rows} tokens of a pass"
+        )
+        require(self.layers in ("unrolled", "scanned"), "layers", self.layers, "must be unrolled or scanned")
+        alike = self.layers == "unrolled" or len(set(self.windows)) == 1
+        require(alike, "layers", self.layers, f"the layers are not alike with window_pattern={self.window_pattern!r}")
+
+    @property
+    def depth(self):  # L
+        return self.n_layer
+
+    @classmethod
+    def small(cls):
+        """The 8-layer shape with one key/value head, 64 sequences a step."""
+        return cls(n_layer=8, n_kv_head=1, device_batch_size=4, total_batch_size=64 * 2048, run_dir="runs/small")
+
+    @classmethod
+    def demo(cls):
+        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
+        return cls(
+            n_embd=256, n_layer=2, mlp_dim=768, n_head=1, n_kv_head=1, vocab_size=4096, seq_len=256,
+            device_batch_size=8, learning_rate=4e-3, num_iterations=800, dataset="embedded", num_shards=-1,
+            run_dir="runs/maxtext-demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
+            eval_tokens=32_768, final_eval_tokens=-1,
+        )  # fmt: skip
+
+    @classmethod
+    def for_device(cls):
+        """The 369M model on a TPU or a GPU, the demo on a CPU."""
+        return cls.demo() if jax.default_backend() == "cpu" else cls()
+
+
+# %% Config from the command line tags=["shared"]
+def suggest(name, known):
+    """', did you mean X?', or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def parse_args(argv, config, epilog=""):
+    """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
+    parser = argparse.ArgumentParser(
+        description="Every option is a Config field; without options the Config fits the machine.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, epilog=epilog,
+    )  # fmt: skip
+
+    def refuse(message):  # argparse would print the usage, a screenful
+        raise InputError(f"{message} (--help lists the fields)")
+
+    parser.error = refuse
+    fields = dataclasses.fields(config)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=field.type.__name__)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].lstrip("-").split("=")[0]
+        raise InputError(
+            f"unknown option {rest[0]!r}{suggest(name, [f.name for f in fields])} (--help lists the fields)"
+        )
+    changes = {}
+    for field in fields:
+        value = getattr(given, field.name)
+        if isinstance(value, str) and field.type is not str:
+            try:
+                value = field.type(value)
+            except ValueError:
+                raise InputError(f"{field.name}={value!r}: must be of type {field.type.__name__}") from None
+        changes[field.name] = value
+    return config.replace(**changes)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """As a script, an InputError is one line on stderr and exit status 2; in a notebook it is raised as it is."""
+    try:
+        yield
+    except InputError as error:
+        if IN_NOTEBOOK:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if IN_NOTEBOOK:
+            raise
+        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# %% [markdown]
+# ## Tokenizer
+
+# %% Tokenizer format tags=["shared"]
+# GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+)  # fmt: skip
+
+
+def check_vocab_size(vocab_size):
+    """InputError if there is no room for a token for each byte and the special tokens."""
+    least = 256 + len(SPECIAL_TOKENS)
+    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
+
+
+def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    """A tiktoken.Encoding from `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
+    special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+    return tiktoken.Encoding("tpuchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes tokenizer.tiktoken and, last and at once, tokenizer.json to `folder`: without the second there is none."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
+    meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
+    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n")
+    os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
+
+
+def load_tokenizer(folder):
+    """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "tokenizer.json").read_text())
+        pairs = [line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
+        special = meta["special_tokens"]
+        if "<|bos|>" not in special or len(set(special)) < len(special):
+            raise ValueError("the special tokens must be different, with <|bos|> among them")
+        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
+
+
+def token_bytes(tokenizer):
+    """UTF-8 bytes that each token id stands for, int32 `[n_vocab]`; special tokens stand for none."""
+    lengths = np.zeros(tokenizer.n_vocab, np.int32)
+    for token, rank in tokenizer._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# %% Train a tokenizer tags=["shared"]
+def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
+    """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
+
+    Of each document only the first `doc_chars` characters are used, so that one long document does not weigh more
+    than a hundred short ones. The texts stream through: what grows is the table of different words and their counts.
+    `expected_chars`, of whole documents, is where the progress bar ends. InputError if there is too little text.
+    """
+    import rustbpe
+
+    check_vocab_size(vocab_size)
+    merges = vocab_size - len(SPECIAL_TOKENS)
+    bar = tqdm(
+        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, disable=not someone_watches(), leave=False
+    )
+
+    def stream():
+        left = max_chars
+        for text in texts:
+            bar.update(len(text))
+            text = text[: min(doc_chars, left)]
+            left -= len(text)
+            yield text
+            if left == 0:
+                break
+        bar.set_description("merging")
+
+    with bar:
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < merges:
+        raise InputError(
+            f"vocab_size={vocab_size}: this text yields only {len(ranks)} tokens; give more text or ask for fewer"
+        )
+    return make_tokenizer(ranks)
+
+
+# %% Where a tokenizer lies tags=["shared"]
+def tokenizer_folder(config, first_shard):
+    """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
+    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
+    return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
+
+
+# %% Find the tokenizer tags=["shared"]
+def hub_tokenizer(repo_id):
+    """The local folder of a Hub repo's tokenizer, or None if the repo has none."""
+    try:
+        for name in ("tokenizer.tiktoken", "tokenizer.json"):
+            folder = hub_download(repo_id, f"tokenizer/{name}", repo_type="model").parent
+        return folder
+    except MissingFileError:
+        return None
+
+
+def find_tokenizer(config, first_shard):
+    """The tokenizer of config.dataset: a local one (beside the shards, or from 01_tokenizer.py), else that of the Hub
+    repo config.hf_repo_id, else one trained on `first_shard`, and kept.
+
+    InputError if it has more tokens than the model has rows for.
+    """
+
+    def there(folder):
+        return folder is not None and (folder / "tokenizer.json").exists()
+
+    made = tokenizer_folder(config, first_shard)
+    folder = next(filter(there, (first_shard.parent / "tokenizer", made)), None)
+    if not folder and config.hf_repo_id:
+        folder = hub_tokenizer(config.hf_repo_id)
+    if not folder:  # its name has the size of the shard: another shard, another tokenizer
+        folder = made.with_name(f"{made.name}-first-shard-{first_shard.stat().st_size}")
+    if there(folder):
+        tokenizer = load_tokenizer(folder)
+    else:
+        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}", flush=True)
+        texts = (text for _, text in read_documents(first_shard))
+        tokenizer = train_tokenizer(texts, config.vocab_size, expected_chars=count_chars(first_shard))
+        try:
+            save_tokenizer(tokenizer, folder)
+        except OSError as error:
+            raise InputError(
+                f"cannot keep the tokenizer in {folder}: {error}; set HOME to a folder to write to"
+            ) from error
+    if tokenizer.n_vocab > config.vocab_size:
+        raise InputError(
+            f"vocab_size={config.vocab_size}: the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; "
+            f"set vocab_size to at least that"
+        )
+    return tokenizer
+
+
+# %% [markdown]
+# ## Data
+
+# %% Hub tags=["shared"]
+HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
+
+
+class MissingFileError(InputError):
+    """A Hub repo is there, and has no such file."""
+
+
+def hub_token():
+    """The user's token, or None. Of a bad one the HTTP library would complain by quoting it."""
+    token = get_secret("HF_TOKEN")
+    if token and not re.fullmatch("[!-~]+", token):
+        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
+    return token
+
+
+def is_intact(path, etag=""):
+    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256, and
+    where there are no symbolic links to tell it, it is `etag`."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else etag
+    if len(digest) != 64:
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def explain(error, repo_id, repo_type):
+    """(what a failed request to the Hub means, what to do about it)."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # what went wrong before the cache was asked
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo_id!r} is not the name of a repo", "a name has the form owner/name"
+    if isinstance(error, errors.GatedRepoError) or status == 403:
+        return (
+            f"access is refused ({status})",
+            f"accept its terms on {page} and set HF_TOKEN to a token that may read it",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        hint = "" if repo_id in HUB_SHARDS else suggest(repo_id, HUB_SHARDS)
+        remedy = f"check the name{hint}; a private repo wants a valid HF_TOKEN"
+        return f"there is no such {repo_type} repo, or it is private ({status})", remedy
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return "the repo has no such file (404)", f"look for it on {page}"
+    if status == 429:
+        return "it limits the rate of requests (429)", "wait some minutes, or set HF_TOKEN: accounts have higher limits"
+    if status >= 500:
+        return f"it is in trouble ({status})", "try again later; what has been downloaded is kept"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set", f"it is not in the cache, {constants.HF_HUB_CACHE}: unset it and download once"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({error.strerror})", f"make room, or move {constants.HF_HOME}: set HF_HOME elsewhere"
+    if isinstance(error, OSError) and error.errno:
+        return reason, "set HF_HOME to a folder to write to"
+    return f"no connection, or a broken one ({reason})", "check the network, or use dataset='embedded'"
+
+
+def may_pass(error):
+    """Whether it makes sense to ask again: not where the Hub refuses, nothing is found, or a disk is full."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    final = isinstance(error, (errors.EntryNotFoundError, errors.HFValidationError)) or 400 <= status < 500
+    return not final and not getattr(error, "errno", None)  # EntryNotFoundError includes a HEAD tried often enough
+
+
+def ask_hub(what, repo_id, repo_type, call, attempts=1):
+    """call(), again if the reason for its failure may pass. InputError that names `what`, the cause and the remedy."""
+    from huggingface_hub import errors
+
+    for attempt in range(attempts):
+        try:
+            return call()
+        except InputError:
+            raise
+        except Exception as error:  # its client raises its own, those of its HTTP library, and OSError
+            if may_pass(error) and attempt < attempts - 1:
+                time.sleep(2**attempt)  # its client has its own patience with connections, not with a 500
+                continue
+            cause, remedy = explain(error, repo_id, repo_type)
+            missing = isinstance(error, errors.EntryNotFoundError) and "404" in cause
+            raise (MissingFileError if missing else InputError)(
+                f"cannot get {what} of {repo_id} from the Hugging Face Hub: {cause}; {remedy}"
+            ) from error
+
+
+def hub_download(repo_id, filename, repo_type="dataset"):
+    """The local path of a file of a Hub repo, in huggingface_hub's cache; downloaded if it is not there or outdated."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    def download():
+        watched = threading.current_thread() is threading.main_thread() and someone_watches()
+        (enable_progress_bars if watched else disable_progress_bars)()  # one bar at a time: in the background, none
+        path, etag = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=hub_token())), ""
+        if not path.is_symlink():
+            with contextlib.suppress(Exception):  # no network: then it is what an earlier process has checked
+                etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type), token=hub_token()).etag
+        if not is_intact(path, etag):
+            if path.is_symlink():
+                (path.parent / os.readlink(path)).unlink()
+            path.unlink()
+            raise ConnectionError("the SHA-256 of what arrived is not the Hub's")
+        return path
+
+    return ask_hub(filename, repo_id, repo_type, download, attempts=5)
+
+
+def hub_shard(repo_id, filename):
+    """The local path of a shard: a shard that is there and whole is used without asking the Hub."""
+    path = cached_shard(repo_id, filename)
+    return path if path and is_intact(path) else hub_download(repo_id, filename)
+
+
+def cached_shard(repo_id, filename):
+    """The path of a shard in the cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
+    return Path(path) if isinstance(path, str) else None
+
+
+# %% Shards tags=["shared"]
+EMBEDDED_SHARDS = 5
+
+
+def on_hub(dataset):
+    """Whether `dataset` names one of the Hub: one of ours, or neither 'embedded' nor a folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
+
+
+def embedded_folder():
+    """data/embedded of the repository: beside this file, else fetched from GitHub (a lone notebook in Colab)."""
+    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
+    if here.exists():
+        return here
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(EMBEDDED_SHARDS)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                partial, _ = urllib.request.urlretrieve(url, folder / f"{name}.part")
+            except OSError as error:
+                raise InputError(
+                    f"cannot get the embedded corpus from {url}: {error}; clone the repository instead"
+                ) from error
+            os.replace(partial, folder / name)
+    return folder
+
+
+def hub_listing(dataset):
+    """(repo, [file name of each shard]) of a Hub dataset. The list is kept, for when the Hub cannot be reached."""
+    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    if dataset in HUB_SHARDS:
+        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset):
+        raise InputError(
+            f"dataset={dataset!r}: must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face "
+            f"Hub: owner/name, such as {next(iter(HUB_SHARDS))}"
+        )
+    from huggingface_hub import HfApi
+
+    def ask():
+        api = HfApi(token=hub_token())
+        tree = api.list_repo_tree(repo_id, folder or None, recursive=True, repo_type="dataset")
+        return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
+
+    kept = cache_dir() / "listings" / f"{dataset.replace('/', '--')}.json"
+    try:
+        names = ask_hub(f"the list of shards{folder and ' in '}{folder}", repo_id, "dataset", ask)
+    except InputError:
+        with contextlib.suppress(OSError, ValueError):
+            return repo_id, json.loads(kept.read_text())
+        raise
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs no more than this
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(names))
+    return repo_id, names
+
+
+def list_shards(config):
+    """(fetchers of the training shards, fetcher of the validation shard); a fetcher returns the shard's local path."""
+    if on_hub(config.dataset):
+        repo_id, names = hub_listing(config.dataset)
+        fetchers = [functools.partial(hub_shard, repo_id, name) for name in names]
+    else:
+        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
+        fetchers = [functools.partial(Path, path) for path in sorted(folder.glob("*.parquet"))]
+    if len(fetchers) < 2:
+        raise InputError(
+            f"dataset={config.dataset!r}: has {len(fetchers)} parquet shards; it takes at least two, "
+            "the last one for validation"
+        )
+    *train, validation = fetchers
+    return train[: None if config.num_shards == -1 else config.num_shards], validation
+
+
+def announce_downloads(config, fetchers):
+    """Prints how much is to be downloaded, where to, and about how long that takes; nothing if all of it is here."""
+    if not on_hub(config.dataset):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    absent = [fetch for fetch in fetchers if not cached_shard(*fetch.args)]
+    if not absent or constants.HF_HUB_OFFLINE:
+        return
+    repo_id, name = absent[0].args
+    url = hf_hub_url(repo_id, name, repo_type="dataset")
+    with contextlib.suppress(Exception):  # a courtesy: whatever is wrong, the download itself will say
+        size = get_hf_file_metadata(url, token=hub_token(), timeout=10).size
+        total = size * len(absent)
+        print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
+        print(f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, fetched ahead of use")
+        print(f"        into {constants.HF_HUB_CACHE}", flush=True)
+
+
+# %% Read documents tags=["shared"]
+def check_shard(path):
+    """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
+
+    Only the parquet footer is read: its statistics tell whether a text is null (null_count) or empty (the minimum).
+    """
+    try:
+        shard = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such shard") from None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
+        ) from error
+    columns = shard.schema_arrow.names
+    if "text" not in columns:
+        raise InputError(f"{path}: has no `text` column, only {', '.join(columns)}")
+    kind = shard.schema_arrow.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"{path}: its `text` column holds {kind}, not strings")
+    if shard.metadata.num_rows == 0:
+        raise InputError(f"{path}: holds no documents")
+    groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
+    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
+    if any(s.null_count or (s.has_min_max and s.min == "") for s in statistics):
+        for _ in read_documents(path):  # raises at the row in question
+            pass
+    return path
+
+
+def count_chars(path):
+    """Bytes of text in a shard, from its footer: about its characters."""
+    metadata = pq.read_metadata(path)
+    columns = [
+        metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in range(metadata.num_columns)
+    ]
+    lengths = 4 * metadata.num_rows  # parquet puts its length before each text
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
+
+
+def read_documents(path, start=0):
+    """Yields (row, text) from row `start` on, with one row group in memory at a time."""
+    shard, row = pq.ParquetFile(path), 0
+    for group in range(shard.num_row_groups):
+        rows = shard.metadata.row_group(group).num_rows
+        if row + rows > start:
+            try:
+                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
+                ) from error
+            for i in range(max(0, start - row), rows):
+                if not texts[i]:
+                    raise InputError(
+                        f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
+                    )
+                yield row + i, texts[i]
+        row += rows
+
+
+# %% Encode tags=["shared"]
+PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
+GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
+
+
+def encode_document(tokenizer, text):
+    """BOS and the tokens of `text`, uint32. Text that looks like a special token is encoded as ordinary text."""
+    pieces = [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
+    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
+
+
+# %% Loader tags=["shared"]
+class Position(NamedTuple):
+    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
+
+    epoch: int = 0
+    shard: int = 0
+    row: int = 0
+    offset: int = 0
+
+
+class PrefetchDataLoader:
+    """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the device, from background threads.
+
+    `shards` are the fetchers that list_shards returns. The next shard is fetched while one is read. An exception in a
+    thread is raised by the next `next(loader)`. Use it in a `with` block, or call close().
+    """
+
+    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4):
+        self.batch_shape = (config.tokens_per_step // config.seq_len, config.seq_len)
+        self.tokenizer, self.shards = tokenizer, shards
+        self.threads, self.depth = threads or os.cpu_count(), depth
+        self.wait_seconds = 0.0  # how long the training loop has waited for data
+        self._start(Position())
+
+    def _start(self, position):
+        self.position = position
+        self.ready = collections.deque()
+        self.queue, self.stop = queue.Queue(self.depth), threading.Event()
+        self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
+        self.thread.start()
+
+    def _documents(self, start, stop):
+        """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
+        place = start
+
+        def fetch(shard):
+            return in_background(lambda: check_shard(self.shards[shard]()))
+
+        here = fetch(place.shard)
+        while True:
+            if place != start and here.done() and here.exception():
+                here = fetch(place.shard)  # it failed ahead of use: a network has had a whole shard's time to recover
+            while not here.done():
+                concurrent.futures.wait([here], timeout=0.1)
+                if stop.is_set():
+                    return
+            path = here.result()
+            if place.row and place.row >= pq.read_metadata(path).num_rows:
+                raise InputError(f"{path}: has no row {place.row}, where the run is to go on; was the shard changed?")
+            following = (place.shard + 1) % len(self.shards)
+            here = fetch(following)
+            for row, text in read_documents(path, place.row):
+                yield place._replace(row=row, offset=0), text
+            yield None, ""
+            place = Position(place.epoch + (following == 0), following)
+
+    def _encoded(self, start, pool, stop):
+        """Yields groups of documents, [(place of the first token, tokens), …], in order, encoded some groups ahead."""
+
+        def encode(group):
+            encoded = [(place, encode_document(self.tokenizer, text)) for place, text in group]
+            if encoded and encoded[0][0] == start._replace(offset=0):  # a resumed run starts within a document
+                tokens = encoded[0][1][start.offset :]
+                if len(tokens) == 0:
+                    raise InputError(f"loader position {start}: the document has fewer tokens; was it changed?")
+                encoded[0] = (start, tokens)
+            return encoded
+
+        ahead, group, chars = collections.deque(), [], 0
+        for place, text in self._documents(start, stop):
+            if place:
+                group.append((place, text))
+                chars += len(text)
+            if chars >= GROUP_CHARS or not place:
+                ahead.append(pool.submit(encode, group))
+                group, chars = [], 0
+            # At the end of a shard nothing is held back: the next one may not be there yet.
+            while len(ahead) > (2 * self.threads if place else 0):
+                yield ahead.popleft().result()
+
+    def _batches(self, start, pool, stop):
+        """Yields the batches that each group of documents completes: [(tokens, targets, place of the token after)]."""
+        n = math.prod(self.batch_shape)
+        held, parts = 0, collections.deque()
+        for group in self._encoded(start, pool, stop):
+            parts.extend(group)
+            held += sum(len(tokens) for _, tokens in group)
+            ready = []
+            while held > n:  # enough for n inputs and the target of the last
+                stream, left = [], n
+                while len(parts[0][1]) <= left:
+                    stream.append(parts.popleft()[1])
+                    left -= len(stream[-1])
+                place, tokens = parts[0]
+                stream = np.concatenate([*stream, tokens[: left + 1]]).astype(np.int32)
+                parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
+                held -= n
+                tokens, targets = (part.reshape(self.batch_shape) for part in (stream[:-1], stream[1:]))
+                ready.append((tokens, targets, parts[0][0]))
+            if ready:
+                yield ready
+
+    def _produce(self, start, batches, stop):
+        def put(item):
+            while not stop.is_set():
+                with contextlib.suppress(queue.Full):
+                    return batches.put(item, timeout=0.1)
+
+        pool = concurrent.futures.ThreadPoolExecutor(self.threads)
+        try:
+            for ready in self._batches(start, pool, stop):
+                # One call, and one hand-over, for all that is ready: small batches are otherwise half as fast.
+                arrays = jax.device_put([(tokens, targets) for tokens, targets, _ in ready], jax.devices()[0])
+                put(list(zip(arrays, [place for *_, place in ready], strict=True)))
+                if stop.is_set():
+                    break
+        except BaseException as error:
+            put(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.stop.is_set():
+            raise RuntimeError("the loader is closed")
+        if not self.ready:
+            started = time.perf_counter()
+            item = self.queue.get()
+            self.wait_seconds += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                self.queue.put(item)  # whoever asks again hears the same
+                raise item
+            self.ready.extend(item)
+        batch, self.position = self.ready.popleft()
+        return batch
+
+    def state_dict(self):
+        """The place of the first token of the next batch, for JSON."""
+        return self.position._asdict()
+
+    def load_state_dict(self, state):
+        """Goes on from where state_dict was taken. InputError if that is not a place in these shards."""
+        position = Position(**state) if set(state) <= set(Position._fields) else None
+        if not position or min(position) < 0 or position.shard >= len(self.shards):
+            raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
+        self.close()
+        self._start(position)
+
+    def close(self):
+        """Stops the threads. Batches that were ready are dropped; the position stays."""
+        self.stop.set()
+        self.thread.join(timeout=10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+# %% [markdown]
+# ## Model
+#
+# Grouped-query attention, SwiGLU, plain residuals. In `x + f(norm(x))` the residual stream is only ever added to, so
+# the gradient has a straight way down. Every initial value stands in one place:
+
+
+# %% Initial values
+def init_params(config, key):
+    """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
+
+    | weight            | shape                  | initial value                                          |
+    |-------------------|------------------------|--------------------------------------------------------|
+    | embed             | [V, D]                 | normal, std 0.1; a norm follows                        |
+    | q, k, v, gate, up | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out |
+    | o, down           | [N, H, D], [F, D]      | zero: at step 0 every layer is the identity            |
+    | lm_head           | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V             |
+    """
+    V, D, N, K, H, F = config.vocab_size, config.n_embd, config.n_head, config.kv_heads, config.head_dim, config.mlp_dim
+    keys = iter(jax.random.split(key, 2 + 5 * config.depth))
+
+    def uniform(*shape):
+        bound = (3 / D) ** 0.5  # of a uniform distribution with std 1/√D
+        return jax.random.uniform(next(keys), shape, jnp.float32, -bound, bound)
+
+    def normal(std, *shape):
+        return std * jax.random.normal(next(keys), shape, jnp.float32)
+
+    def layer():
+        return {
+            "q": uniform(D, N, H), "k": uniform(D, K, H), "v": uniform(D, K, H), "o": jnp.zeros((N, H, D)),
+            "gate": uniform(D, F), "up": uniform(D, F), "down": jnp.zeros((F, D)),
+        }  # fmt: skip
+
+    return {
+        "embed": normal(0.1, V, D),
+        "lm_head": normal(0.001, D, V),
+        "layers": [layer() for _ in range(config.depth)],
+    }
+
+
+# %% Norm and RoPE tags=["shared"]
+def rms_norm(x):
+    """x / rms(x) over the last axis, reduced in float32. No learned weight."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def rope_tables(seq_len, head_dim):
+    """cos and sin, float32 [T, H/2]: pair i of position t turns by t / 10000^(2i/H). Constants of the trace."""
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(seq_len)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def norm_and_rope(x, cos, sin):
+    """QK-norm, then RoPE on the pairs (x[i], x[i + H/2]): one float32 pass, one rounding. x: [B, N, T, H]."""
+    first, second = jnp.split(rms_norm(x.astype(jnp.float32)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+# %% Heads tags=["shared"]
+def split_heads(x, T, H):
+    """[B·T, N·H] → [B, N, T, H]."""
+    return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
+
+
+def merge_heads(y):
+    """[B, N, T, H] → [B·T, N·H]."""
+    B, N, T, H = y.shape
+    return y.swapaxes(1, 2).reshape(B * T, N * H)
+
+
+# %% Attention tags=["shared"]
+def check_block_size(block_size, seq_len):
+    """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def attention(q, k, v, *, window, impl="auto", block_size=1024):
+    """Causal softmax attention with grouped key/value heads; scores are scaled by 1/√H.
+
+    q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
+    A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels.
+    """
+    N, T, H = q.shape[1:]
+    K, scale = k.shape[1], H**-0.5
+    impls = ("auto", "einsum", "jax", "splash", "pallas")
+    require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
+    require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
+    if impl == "auto":
+        tiles = T % 128 == 0 and T % min(block_size, T) == 0
+        call = functools.partial(attention, window=window, block_size=block_size)
+        return jax.lax.platform_dependent(
+            q, k, v, tpu=functools.partial(call, impl="splash" if tiles else "jax"),
+            cuda=functools.partial(call, impl="jax"), default=functools.partial(call, impl="einsum"),
+        )  # fmt: skip
+    if impl == "einsum":
+        q = q.reshape(q.shape[0], K, N // K, T, H)
+        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+        t, s = np.arange(T)[:, None], np.arange(T)[None, :]
+        probs = jax.nn.softmax(jnp.where((s <= t) & (t - s <= window), scores, -jnp.inf), axis=-1)
+        out = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
+        return out.reshape(-1, N, T, H)
+    if impl == "jax":
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
+        local = (window, 0) if window < T else None
+        call = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=local)
+        if cudnn_takes(q):  # jax.nn never takes it by itself
+            cudnn = functools.partial(call, implementation="cudnn")
+            return jnp.swapaxes(jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=call), 1, 2)
+        return jnp.swapaxes(call(q, k, v), 1, 2)
+
+    check_block_size(block_size, T)
+    block = min(block_size, T)
+    if impl == "splash":
+        q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # splash leaves it to its caller
+        return on_tpu_or_interpreted(functools.partial(splash_attention, window=window, block=block), q, k, v)
+    if impl == "pallas":
+        require(
+            window >= T, "window", window, f"the pallas kernel is causal only: give window >= T = {T}, or use splash"
+        )
+        k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
+        return on_tpu_or_interpreted(functools.partial(flash_attention, block=block, scale=scale), q, k, v)
+
+
+def cudnn_takes(q):
+    """Whether this machine has a GPU for cuDNN's flash attention, and q [B, T, N, H] is of a kind that it takes."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # '8.0' is an A100, '9.0' an H100
+    if not re.fullmatch(r"\d+\.\d+", capability) or q.dtype != jnp.bfloat16:
+        return False
+    return float(capability) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if float(capability) >= 9 else 128)
+
+
+# %% Attention kernels tags=["shared"]
+def on_tpu_or_interpreted(kernel, q, k, v):
+    """kernel(q, k, v, interpret=False) where the program is lowered for a TPU, interpret=True elsewhere."""
+    return jax.lax.platform_dependent(
+        q, k, v, tpu=functools.partial(kernel, interpret=False), default=functools.partial(kernel, interpret=True)
+    )
+
+
+@functools.lru_cache
+def splash_kernel(N, T, window, block, interpret):
+    """The splash attention kernel for [N, T, H] queries; layers with the same window share it."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), window_size=(window, 0), offset=0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    with jax.ensure_compile_time_eval():  # its mask tables must be arrays, not tracers of the first layer that asks
+        return splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+
+
+def splash_attention(q, k, v, *, window, block, interpret):
+    return jax.vmap(splash_kernel(*q.shape[1:3], window, block, interpret))(q, k, v)
+
+
+def flash_attention(q, k, v, *, block, scale, interpret):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    sizes = flash.BlockSizes(
+        block_b=1, block_q=block, block_k_major=block, block_k=block, block_q_major_dkv=block, block_q_dkv=block,
+        block_k_major_dkv=block, block_k_dkv=block, block_q_dq=block, block_k_major_dq=block, block_k_dq=block,
+    )  # fmt: skip
+    kernel = functools.partial(flash.flash_attention, causal=True, sm_scale=scale, block_sizes=sizes)
+    if not interpret:
+        return kernel(q, k, v)
+
+    # The kernel has no interpret argument, and its backward pass is traced later than this line: wrap both. True is
+    # the interpreter without callbacks: their ordering tokens would not lower beside the TPU's branch.
+    @jax.custom_vjp
+    def interpreted(q, k, v):
+        return forward(q, k, v)[0]
+
+    def forward(q, k, v):
+        with pltpu.force_tpu_interpret_mode(True):
+            return jax.vjp(kernel, q, k, v)
+
+    def backward(vjp, gradient):
+        with pltpu.force_tpu_interpret_mode(True):
+            return vjp(gradient)
+
+    interpreted.defvjp(forward, backward)
+    return interpreted(q, k, v)
+
+
+# %% Fused attention tags=["shared"]
+VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
+
+
+def fits_vmem(T, H):
+    """Whether fused_attention can take sequences of T tokens and heads of H: whole ones must fit."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_fits_vmem(seq_len, head_dim):
+    """InputError unless fused_attention can take them."""
+    require(
+        fits_vmem(seq_len, head_dim), "attn_impl", "fused",
+        f"needs seq_len={seq_len} and head_dim={head_dim} to be multiples of 128, of a product of at most 4096·128; "
+        "or set attn_impl='splash'",
+    )  # fmt: skip
+
+
+def query_tiles(T, size, window):
+    """[(rows, keys)]: slices of at most `size` queries, and of the keys in whole tiles of 128 that some of them see."""
+    size = next(s for s in (size, 256, 128) if T % s == 0)
+    return [(slice(t, t + size), slice(max(0, t - window) // 128 * 128, t + size)) for t in range(0, T, size)]
+
+
+def visible(rows, keys, window, query_axis):
+    """Boolean [rows, keys], or [keys, rows] where query_axis is 1: a query at t sees the keys t − window … t."""
+    sizes = [rows.stop - rows.start, keys.stop - keys.start]
+    t, s = (
+        jax.lax.broadcasted_iota(jnp.int32, sizes[:: 1 - 2 * query_axis], axis) for axis in (query_axis, 1 - query_axis)
+    )
+    age = t - s + (rows.start - keys.start)
+    return (age >= 0) & (age <= window)
+
+
+def dot(a, b, axis_a, axis_b):
+    """Contracts an axis of each; float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def turn(x, cos, sin):
+    """Rotates the pairs (x[i], x[i + H/2]) of x [t, H] by cos = [c, c] and sin = [−s, s]; by −sin it turns back."""
+    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
+
+
+def normed_and_turned(x, cos, sin):
+    """norm_and_rope of x [t, H], float32, and 1/rms(x) [t, 1]."""
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return turn(x * inverse, cos, sin), inverse
+
+
+def turned_back(g, turned, inverse, cos, sin):
+    """The gradient of x from g, that of turned, both of normed_and_turned(x)."""
+    return inverse * turn(g - turned * jnp.mean(g * turned, axis=-1, keepdims=True), cos, -sin)
+
+
+def fold_lanes(x):
+    """[t, n·128] → [t, 128], by adding: what is left is one sum across lanes."""
+    return sum(x[:, i : i + 128] for i in range(0, x.shape[1], 128))
+
+
+def forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, lse_ref, keys_ref, *, window, group):
+    """One head of one sequence. q, k, v, y: [T, H]; lse: [1, 1, T]; keys: VMEM for the turned keys."""
+    T, H = q_ref.shape
+
+    def turn_keys(rows):
+        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+
+    if group > 1:  # the first query head turns the keys for all of its group
+        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
+    for rows, keys in query_tiles(T, 256, window):
+        if group == 1:  # beside the matmuls: as a step of its own it would cost 5 to 11%
+            turn_keys(rows)
+        q = normed_and_turned(q_ref[rows], cos_ref[rows], sin_ref[rows])[0] * H**-0.5
+        scores = dot(q.astype(k_ref.dtype), keys_ref[keys], 1, 1)
+        p = jnp.where(visible(rows, keys, window, 0), jnp.exp(scores), 0)
+        y, sums = dot(p.astype(v_ref.dtype), v_ref[keys], 1, 0), fold_lanes(p)
+        y_ref[rows] = (y / jnp.sum(sums, axis=1, keepdims=True)).astype(y_ref.dtype)
+        lse_ref[0, :, rows] = jnp.log(jnp.sum(sums.T, axis=0, keepdims=True))
+
+
+def backward_kernel(
+    q_ref, k_ref, v_ref, y_ref, g_ref, lse_ref, cos_ref, sin_ref, dq_ref, dk_ref, dv_ref, keys_ref, dk_sum, dv_sum,
+    *, window, group,
+):  # fmt: skip
+    """The gradients dq, dk, dv [T, H] of what the forward kernel read, from g, that of y. `…_sum`: float32 VMEM."""
+    T, H = q_ref.shape
+    tiles = query_tiles(T, 512, window)
+
+    def turn_keys(rows):
+        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+        dk_sum[rows] = dv_sum[rows] = jnp.zeros((rows.stop - rows.start, H), jnp.float32)
+
+    def finish_keys():
+        for rows, _ in tiles:
+            turned = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])
+            dk_ref[rows] = turned_back(dk_sum[rows], *turned, cos_ref[rows], sin_ref[rows]).astype(dk_ref.dtype)
+            dv_ref[rows] = dv_sum[rows].astype(dv_ref.dtype)
+
+    if group > 1:
+        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
+    for rows, keys in tiles:
+        if group == 1:
+            turn_keys(rows)
+        cos, sin, g, k = cos_ref[rows], sin_ref[rows], g_ref[rows], keys_ref[keys]
+        turned, inverse = normed_and_turned(q_ref[rows], cos, sin)
+        q = (turned * H**-0.5).astype(k.dtype)
+        p = jnp.where(visible(rows, keys, window, 1), jnp.exp(dot(k, q, 1, 1) - lse_ref[0, :, rows]), 0)
+        dv_sum[keys] += dot(p.astype(g.dtype), g, 1, 0)
+        gy = fold_lanes(g.astype(jnp.float32) * y_ref[rows].astype(jnp.float32))
+        ds = p * (dot(v_ref[keys], g, 1, 1) - jnp.sum(gy.T, axis=0, keepdims=True))
+        ds = ds.astype(k.dtype)
+        dk_sum[keys] += dot(ds, q, 1, 0)
+        dq_ref[rows] = turned_back(dot(ds, k, 0, 0) * H**-0.5, turned, inverse, cos, sin).astype(dq_ref.dtype)
+    pl.when(pl.program_id(2) == group - 1)(finish_keys) if group > 1 else finish_keys()
+
+
+def fused_call(kernel, inputs, outputs, tables, window, scratch, interpret):
+    """Calls a kernel for each (sequence, key/value head, query head of its group). Arrays are [B·T, N·H or K·H], and
+    [B·N, 1, T]; tables [T, H]; `scratch`: the dtypes of [T, H] in VMEM."""
+    (T, H), N = tables[0].shape, inputs[0].shape[1] // tables[0].shape[1]
+    B, K = inputs[0].shape[0] // T, inputs[1].shape[1] // H
+    group = N // K
+
+    def spec(x):
+        if x.ndim == 3:
+            return pl.BlockSpec((1, 1, T), lambda b, k, i: (b * N + k * group + i, 0, 0))
+        if x.shape[1] == N * H:
+            return pl.BlockSpec((T, H), lambda b, k, i: (b, k * group + i))
+        return pl.BlockSpec((T, H), lambda b, k, i: (b, k))
+
+    table = pl.BlockSpec((T, H), lambda b, k, i: (0, 0))
+    return pl.pallas_call(
+        functools.partial(kernel, window=window, group=group), grid=(B, K, group), interpret=interpret,
+        in_specs=[*map(spec, inputs), table, table], out_specs=[*map(spec, outputs)], out_shape=outputs,
+        scratch_shapes=[pltpu.VMEM((T, H), dtype) for dtype in scratch], name=f"attention_{kernel.__name__}",
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+    )(*inputs, *tables)  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def fused_attention(q, k, v, T, H, window, interpret):
+    """QK-norm, RoPE and causal attention: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    return fused_forward(q, k, v, T, H, window, interpret)[0]
+
+
+def full_tables(T, H):
+    """rope_tables as `turn` wants them: [c, c] and [−s, s], float32 [T, H]."""
+    cos, sin = rope_tables(T, H)
+    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+
+
+def fused_forward(q, k, v, T, H, window, interpret):
+    lse = jax.ShapeDtypeStruct((q.size // (T * H), 1, T), jnp.float32)
+    outputs = jax.typeof(q), lse
+    outputs = fused_call(forward_kernel, (q, k, v), outputs, full_tables(T, H), window, [k.dtype], interpret)
+    y, lse = (checkpoint_name(x, "attention") for x in outputs)  # for a remat policy to keep
+    return y, (q, k, v, y, lse)
+
+
+def fused_backward(T, H, window, interpret, saved, g):
+    q, k, v, y, lse = saved
+    outputs, scratch = (jax.typeof(q), jax.typeof(k), jax.typeof(v)), [k.dtype, jnp.float32, jnp.float32]
+    return tuple(
+        fused_call(backward_kernel, (q, k, v, y, g, lse), outputs, full_tables(T, H), window, scratch, interpret)
+    )
+
+
+fused_attention.defvjp(fused_forward, fused_backward)
+
+
+# %% Attend tags=["shared"]
+def attend(config, q, k, v, T, window):
+    """QK-norm, RoPE and causal attention between projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    H = config.head_dim
+
+    def plain(q, k, v):
+        (q, k, v), tables = (split_heads(x, T, H) for x in (q, k, v)), rope_tables(T, H)
+        q, k, impl = norm_and_rope(q, *tables), norm_and_rope(k, *tables), config.attn_impl
+        return merge_heads(attention(q, k, v, window=window, impl=impl, block_size=config.splash_block_size))
+
+    def fused(q, k, v, interpret=False):
+        return fused_attention(q, k, v, T, H, window, interpret)
+
+    if config.attn_impl == "fused":
+        return on_tpu_or_interpreted(fused, q, k, v)
+    if config.attn_impl == "auto" and fits_vmem(T, H):
+        return jax.lax.platform_dependent(q, k, v, tpu=fused, default=plain)
+    return plain(q, k, v)
+
+
+# %% Layers tags=["shared"]
+def embed(config, params, tokens):
+    """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
+    return rms_norm(params["embed"][tokens.reshape(-1)]).astype(config.compute_dtype)
+
+
+def project_qkv(layer, x):
+    """[B·T, D] → q [B·T, N·H], k and v [B·T, K·H]."""
+    x = rms_norm(x)
+    return [x @ layer[name].reshape(x.shape[1], -1) for name in "qkv"]
+
+
+def project_out(layer, y):
+    """[B·T, N·H] → [B·T, D]."""
+    return y @ layer["o"].reshape(y.shape[1], -1)
+
+
+def lm_head(config, params, x):
+    """[B·T, D] → logits [B·T, V], float32, softcapped."""
+    logits = jnp.einsum("sd,dv->sv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(logits / config.softcap)
+
+
+# %% Residual and MLP
+def mix_residual(layer, x, x0):
+    """The residual stream as it is: x0 is 02_train.py's."""
+    return x
+
+
+def mlp(layer, x):
+    """[B·T, D] → [B·T, D] through F units of SwiGLU: silu(x·gate) ⊙ x·up."""
+    x = rms_norm(x)
+    gate = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["gate"]), "mlp")
+    up = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["up"]), "mlp")
+    return jnp.einsum("sf,fd->sd", jax.nn.silu(gate) * up, layer["down"])
+
+
+# %% [markdown]
+# ### What is remembered
+
+
+# %% All layers
+def run_layer(config, window, T, x, layer):
+    """One layer: attention, then MLP, each added to the residual stream x [B·T, D]."""
+    with jax.named_scope("attn"):
+        q, k, v = (checkpoint_name(y, "qkv") for y in project_qkv(layer, x))
+        x = x + project_out(layer, attend(config, q, k, v, T, window))
+    with jax.named_scope("mlp"):
+        return x + mlp(layer, x)
+
+
+def hidden(config, weights, tokens):
+    """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
+    with jax.named_scope("embed"):
+        x = embed(config, weights, tokens)
+    runs = [remembering(config, functools.partial(run_layer, config, w, tokens.shape[1])) for w in config.windows]
+    if config.layers == "scanned":
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights["layers"])
+        with jax.named_scope("layers"):
+            return jax.lax.scan(lambda x, layer: (runs[0](x, layer), None), x, stacked)[0]
+    for i, (run, layer) in enumerate(zip(runs, weights["layers"], strict=True)):
+        with jax.named_scope(f"layer_{i:02d}"):
+            x = run(x, layer)
+    return x
+
+
+def remembering(config, layer):
+    """`layer`, with what config.remat says kept for its backward pass, and the rest computed again."""
+    if config.remat == "none":
+        return layer
+    names = ("qkv", "attention", "mlp") if config.remat == "minimal" else ()
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
+
+
+# %% Forward pass tags=["shared"]
+def cast_weights(config, params):
+    """Matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
+
+    def cast(path, weight):
+        keep = weight.ndim == 0 or path[0].key == "embed"
+        return weight if keep else weight.astype(config.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def forward(config, params, tokens):
+    """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
+    weights = cast_weights(config, params)
+    x = hidden(config, weights, tokens)
+    with jax.named_scope("lm_head"):
+        return lm_head(config, weights, x).reshape(*tokens.shape, -1)
+
+
+# %% [markdown]
+# ### How big, and how much work
+
+
+# %% Counts tags=["shared"]
+def count_params(config):
+    """Exact parameter counts by part. 'attn' includes the two residual scalars of each layer."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    sizes = collections.Counter()
+    for path, weight in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        part = name if name in ("embed", "lm_head") else "mlp" if name in ("gate", "up", "down") else "attn"
+        sizes[part] += weight.size
+    return {part: sizes[part] for part in ("embed", "attn", "mlp", "lm_head")} | {"total": sizes.total()}
+
+
+def flops_per_token(config):
+    """Training FLOPs per token: 6 for each matmul weight (attn, mlp, lm_head; the embedding is a lookup), plus
+    12·N·H for each key that a query sees, averaged over the sequence: a full causal layer counts (T+1)/2 keys, half of
+    the T×T convention, and a window of w tokens at most w + 1. Norms, softmax and the optimizer are not counted."""
+    counts = count_params(config)
+    matmuls = counts["attn"] + counts["mlp"] + counts["lm_head"]
+    t = np.arange(config.seq_len)
+    keys = sum(float(np.mean(np.minimum(t, window) + 1)) for window in config.windows)
+    return 6 * matmuls + 12 * config.n_head * config.head_dim * keys
+
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
+PEAK_FLOPS = {
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind):
+    """Peak FLOP/s of a chip, or None if it is not in the table: MFU is then n/a, not a guess."""
+    words = f" {device_kind.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
+
+
+# %% [markdown]
+# ## Loss
+#
+# In chunks
+
+
+# %% Loss tags=["shared"]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def softcap_losses(x, head, targets, softcap):
+    """Cross-entropy, nats, float32 [S], of targets [S] under logits softcap·tanh(x @ head / softcap).
+
+    x: [S, D], head: [D, V]. The logits themselves never reach memory in float32.
+    """
+    return softcap_forward(x, head, targets, softcap)[0]
+
+
+def softcap_forward(x, head, targets, softcap):
+    capped = jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    lse = jnp.log(jnp.sum(jnp.exp(softcap * capped), axis=-1))
+    losses = lse - softcap * jnp.sum(jnp.where(is_target, capped, 0), axis=-1)
+    # Without the barrier XLA would keep float32 and round when it reads: twice the bytes.
+    stored = jax.lax.optimization_barrier(capped.astype(x.dtype))
+    return losses, (x, head, targets, stored, lse)
+
+
+def softcap_backward(softcap, saved, g):
+    x, head, targets, capped, lse = saved
+    capped = capped.astype(jnp.float32)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    gradient = (jnp.exp(softcap * capped - lse[:, None]) - is_target) * g[:, None]  # of the capped logits
+    gradient = (gradient * (1 - capped * capped)).astype(x.dtype)  # of those before
+    dx = jnp.einsum("sv,dv->sd", gradient, head)
+    dhead = jnp.einsum("sd,sv->dv", x, gradient)
+    return dx, dhead, None
+
+
+softcap_losses.defvjp(softcap_forward, softcap_backward)
+
+
+def token_losses(config, params, tokens, targets):
+    """Cross-entropy of each target, nats, float32 [B, T]."""
+    weights = cast_weights(config, params)
+    x = hidden(config, weights, tokens)
+    with jax.named_scope("loss"):
+        losses = softcap_losses(rms_norm(x), weights["lm_head"], targets.reshape(-1), config.softcap)
+        return losses.reshape(targets.shape)
+
+
+# %% Mean loss
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def chunked_mean_loss(x, head, targets, softcap, chunks):
+    """Mean of softcap_losses, a chunk of the tokens at a time: no logits are kept. x [S, D], head [D, V]."""
+    losses = jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], softcap), in_chunks(x, targets, chunks))
+    return jnp.mean(losses)
+
+
+def in_chunks(x, targets, chunks):
+    return x.reshape(chunks, -1, x.shape[1]), targets.reshape(chunks, -1)
+
+
+def chunked_forward(x, head, targets, softcap, chunks):
+    """The loss and, while a chunk's logits are there, the gradients as well: backward has nothing left to do."""
+
+    def add(carry, part):
+        total, dhead = carry
+        losses, saved = softcap_forward(part[0], head, part[1], softcap)
+        dx, dh, _ = softcap_backward(softcap, saved, jnp.full(losses.shape, 1 / targets.size))
+        return (total + jnp.sum(losses), dhead + dh.astype(jnp.float32)), dx
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    (total, dhead), dx = jax.lax.scan(add, zeros, in_chunks(x, targets, chunks))
+    return total / targets.size, (dx.reshape(x.shape), dhead.astype(head.dtype))
+
+
+def chunked_backward(softcap, chunks, saved, g):
+    return *((g * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in saved), None
+
+
+chunked_mean_loss.defvjp(chunked_forward, chunked_backward)
+
+
+def loss_fn(config, params, tokens, targets):
+    """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
+    if config.loss_chunks == 1:
+        return jnp.mean(token_losses(config, params, tokens, targets))
+    weights = cast_weights(config, params)
+    x = hidden(config, weights, tokens)
+    with jax.named_scope("loss"):
+        head, targets = weights["lm_head"], targets.reshape(-1)
+        return chunked_mean_loss(rms_norm(x), head, targets, config.softcap, config.loss_chunks)
+
+
+# %% [markdown]
+# ## Optimizer
+
+
+# %% Optimizer tags=["shared"]
+class TrainState(NamedTuple):
+    """All that a step changes. It is donated: the new state takes the old one's memory."""
+
+    step: jax.Array  # int32, optimizer steps done
+    params: dict  # float32 masters
+    mu: dict  # first moment, float32
+    nu: dict  # second moment, float32
+    hyper: dict  # the schedule's scalars: config values that the step reads, without being compiled for them
+
+
+def hyperparams(config):
+    """The free optimization fields of config, as float32 scalars."""
+    total = config.total_steps
+    values = {
+        "learning_rate": config.learning_rate, "weight_decay": config.weight_decay, "beta1": config.beta1,
+        "beta2": config.beta2, "eps": config.eps, "final_lr_frac": config.final_lr_frac, "total_steps": total,
+        "warmup_steps": round(config.warmup_ratio * total), "warmdown_steps": round(config.warmdown_ratio * total),
+    }  # fmt: skip
+    return {name: jnp.array(np.float32(value)) for name, value in values.items()}
+
+
+def scheduled_lr(hyper, step):
+    """Learning rate of step 0, 1, …: linear warmup, constant, linear warmdown to final_lr_frac of it."""
+    up = (step + 1) / jnp.maximum(hyper["warmup_steps"], 1)
+    down = (hyper["total_steps"] - step) / jnp.maximum(hyper["warmdown_steps"], 1)
+    frac = hyper["final_lr_frac"]
+    return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
+
+
+def adamw(hyper, state, grads, learning_rate):
+    """(params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
+    b1, b2, t = hyper["beta1"], hyper["beta2"], state.step + 1
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, grads)
+
+    def update(path, p, m, n):
+        direction = (m / (1 - b1**t)) / (jnp.sqrt(n / (1 - b2**t)) + hyper["eps"])
+        if p.ndim > 1 and path[0].key != "embed":
+            direction += hyper["weight_decay"] * p
+        return p - learning_rate * direction
+
+    return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
+
+
+@jax.jit
+def init_arrays(config, key):
+    """Step 0, the parameters, and two trees of zeros for the moments, made by one program."""
+    params = init_params(config, key)
+    mu, nu = jax.tree.map(jnp.zeros_like, (params, params))
+    return jnp.zeros((), jnp.int32), params, mu, nu
+
+
+def init_train_state(config):
+    """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
+    return TrainState(*init_arrays(config, jax.random.key(config.seed)), hyperparams(config))
+
+
+# %% [markdown]
+# ## Train step
+
+
+# %% Train step tags=["shared"]
+def loss_and_grads(config, weights, tokens, targets):
+    """Mean loss and gradients of [total_batch, T] tokens, device_batch_size sequences at a time."""
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
+    n = config.grad_accum_steps
+    if n == 1:
+        return value_and_grad(weights, tokens, targets)
+
+    def add_microbatch(total, batch):
+        new = value_and_grad(weights, *batch)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    batches = tuple(x.reshape(n, config.device_batch_size, config.seq_len) for x in (tokens, targets))
+    total, _ = jax.lax.scan(add_microbatch, (jnp.zeros((), jnp.float32), zeros), batches)
+    return jax.tree.map(lambda x: x / n, total)
+
+
+def global_norm(tree):
+    """Square root of the sum of all squares, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def train_step(config, state, tokens, targets):
+    """One optimizer step on int32 [total_batch, T] tokens and targets: (new state, metrics as device scalars)."""
+    weights = cast_weights(config, state.params)
+    loss, grads = loss_and_grads(config, weights, tokens, targets)
+    with jax.named_scope("optimizer"):
+        learning_rate = scheduled_lr(state.hyper, state.step)
+        params, mu, nu = adamw(state.hyper, state, grads, learning_rate)
+        metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": learning_rate}
+    return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
+
+
+# %% [markdown]
+# ## Evaluate and sample
+
+
+# %% Evaluate tags=["shared"]
+def validation_batches(config, tokenizer, path, max_tokens=-1):
+    """[(tokens, targets, bytes of each target)] of the validation shard, int32 [device_batch_size, T] each.
+
+    The last batch is padded with targets of −1, which count for nothing.
+    """
+    B, T = config.device_batch_size, config.seq_len
+    stream, held = [], 0
+    for _, text in read_documents(path):
+        stream.append(encode_document(tokenizer, text))
+        held += len(stream[-1])
+        if 0 <= max_tokens < held:
+            break
+    stream = np.concatenate(stream).astype(np.int32)[: None if max_tokens == -1 else max_tokens + 1]
+    count = len(stream) - 1
+    padded = math.ceil(count / (B * T)) * B * T
+    tokens, targets = np.zeros(padded, np.int32), np.full(padded, -1, np.int32)
+    tokens[:count], targets[:count] = stream[:-1], stream[1:]
+    n_bytes = np.where(targets < 0, 0, token_bytes(tokenizer)[targets])
+    return list(zip(*(x.reshape(-1, B, T) for x in (tokens, targets, n_bytes)), strict=True))
+
+
+@jax.jit
+def evaluation_step(config, params, tokens, targets):
+    """Sum of the losses, nats, of the targets that are not −1."""
+    losses = token_losses(config, params, tokens, jnp.maximum(targets, 0))
+    return jnp.sum(jnp.where(targets < 0, 0, losses))
+
+
+def evaluate(config, params, batches):
+    """{'loss': nats per token, 'bpb': bits per byte} on the batches of validation_batches."""
+    weights = cast_weights(config, params)
+    sums = [evaluation_step(config, weights, tokens, targets) for tokens, targets, _ in batches]
+    nats = float(np.sum(jax.device_get(sums), dtype=np.float64))
+    count = sum(int((targets >= 0).sum()) for _, targets, _ in batches)
+    n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
+    return {"loss": nats / count, "bpb": nats / math.log(2) / n_bytes}
+
+
+# %% Decode tags=["shared"]
+def decode_token(config, weights, cache, tokens, position):
+    """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B, K, T, H] a layer)."""
+    T = config.seq_len
+    cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
+    x = x0 = embed(config, weights, tokens)
+    s, new_cache = jnp.arange(T), []
+    for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
+        x = mix_residual(layer, x, x0)
+        q, k, v = (split_heads(y, 1, config.head_dim) for y in project_qkv(layer, x))
+        q, k = norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
+        new_cache.append((keys, values))
+        q = q.reshape(q.shape[0], config.kv_heads, -1, config.head_dim)  # [B, K, N/K, H]
+        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        seen = (s <= position) & (position - s <= window)
+        probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
+        y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(x.shape[0], -1)
+        x = x + project_out(layer, y)
+        x = x + mlp(layer, x)
+    return lm_head(config, weights, x), new_cache
+
+
+# %% Sample tags=["shared"]
+def pick_token(key, logits, temperature, top_k):
+    """Samples [B] ids from logits [B, V] among the top_k, or takes the largest where temperature is 0."""
+    kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), logits.shape[-1] - top_k[None, None], axis=-1)
+    scaled = jnp.where(logits < kth, -jnp.inf, logits) / jnp.maximum(temperature, 1e-6)
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), jax.random.categorical(key, scaled))
+
+
+@jax.jit
+def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k):
+    """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` or its first `stop` token."""
+    weights = cast_weights(config, params)
+    shape = (tokens.shape[0], config.kv_heads, config.seq_len, config.head_dim)
+    cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
+
+    def unfinished(carry):
+        position, _, _, done = carry
+        return (position + 1 < jnp.max(end)) & ~jnp.all(done)
+
+    def step(carry):
+        position, tokens, cache, done = carry
+        logits, cache = decode_token(config, weights, cache, tokens[:, position], position)
+        following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k)
+        in_prompt = position + 1 < lengths
+        following = jnp.where(in_prompt, tokens[:, position + 1], jnp.where(done, stop, following))
+        done = done | ((following == stop) | (position + 2 >= end)) & ~in_prompt
+        return position + 1, tokens.at[:, position + 1].set(following), cache, done
+
+    start = (jnp.zeros((), jnp.int32), tokens, cache, jnp.zeros(tokens.shape[0], bool))
+    return jax.lax.while_loop(unfinished, step, start)[1]
+
+
+def generate(config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, seed=0):
+    """The prompt and its continuation, up to BOS or max_new_tokens. A list of prompts is continued as one batch.
+
+    temperature 0 is greedy. Prompt and continuation share one context of T tokens: at most T − 2 tokens are generated,
+    and of a prompt that leaves no room for them only the end is read.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    T, bos = config.seq_len, tokenizer.encode_single_token("<|bos|>")
+    require(prompts, "prompt", prompt, "must be a text, or a list of at least one")
+    require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be positive")
+    max_new_tokens = min(max_new_tokens, T - 2)
+    require(temperature >= 0, "temperature", temperature, "must not be negative")
+    require(top_k > 0, "top_k", top_k, "must be positive")
+    tokens, lengths = np.full((len(prompts), T), bos, np.int32), []
+    for row, text in zip(tokens, prompts, strict=True):
+        ids = [bos, *tokenizer.encode_ordinary(text)[-(T - 1 - max_new_tokens) :]]
+        row[: len(ids)] = ids
+        lengths.append(len(ids))
+    lengths = np.array(lengths, np.int32)
+    out = sample_tokens(
+        config, params, tokens, lengths, lengths + max_new_tokens, bos, jax.random.key(seed),
+        np.float32(temperature), np.int32(min(top_k, config.vocab_size)),
+    )  # fmt: skip
+    texts = []
+    for text, row, length in zip(prompts, np.asarray(out), lengths, strict=True):
+        new = row[length : length + max_new_tokens].tolist()
+        new = [token for token in itertools.takewhile(lambda token: token != bos, new) if token < tokenizer.n_vocab]
+        texts.append(text + tokenizer.decode(new))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+# %% [markdown]
+# ## Checkpoint
+
+# %% Checkpoints tags=["shared"]
+KEEP_CHECKPOINTS = 2
+
+
+def named_arrays(state):
+    """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
+    leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def save_checkpoint(run_dir, config, state, **meta):
+    """Writes run_dir/checkpoints/step_N, atomically, and drops all but the newest two. Returns its path.
+
+    `meta`: whatever else a resumed run needs, as JSON: the loader's position.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    step = int(state.step)
+    final = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: np.asarray(x) for name, x in named_arrays(state).items()}, temporary / "state.safetensors")
+        meta = {"step": step, "config": dataclasses.asdict(config), **meta}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
+    for old in list_checkpoints(run_dir)[:-KEEP_CHECKPOINTS]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run_dir):
+    """The whole checkpoints of a run folder, oldest first."""
+    return sorted(Path(run_dir).glob("checkpoints/step_*"))
+
+
+# How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
+RUNTIME_FIELDS = ("attn_impl", "splash_block_size", "compute_dtype", "device_batch_size", "total_batch_size")
+
+
+def differences(saved, config, ignore):
+    """'n_head 4 → 8, …': the fields, but those to ignore, in which a saved Config, a dict, differs from config."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    changed = [name for name in values if name not in ignore and saved.get(name) != values[name]]
+    return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
+
+
+def load_checkpoint(path, config):
+    """(TrainState, meta) from a checkpoint of config's model; how it was trained, and on what, may differ.
+
+    InputError that names the fields that differ if it is of another model, or what is wrong with the files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    wanted = jax.eval_shape(lambda: init_train_state(config))
+    shapes = {
+        name: (list(x.shape), {"float32": "F32", "int32": "I32"}[x.dtype.name])
+        for name, x in named_arrays(wanted).items()
+    }
+    free_fields = [field.name for field in dataclasses.fields(config) if not field.compare]
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        changed = differences(meta["config"], config, ignore=(*free_fields, *RUNTIME_FIELDS))
+        if changed:
+            raise InputError(f"checkpoint {path} is of another Config: {changed}")
+        with safe_open(path / "state.safetensors", "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            if {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()} != shapes:
+                raise ValueError("its arrays are not those of its Config")
+            arrays = [jnp.asarray(file.get_tensor(name)) for name in shapes]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise InputError(f"checkpoint {path} cannot be read: {error}; delete it to use the one before it") from error
+    state = jax.tree.unflatten(jax.tree.structure(wanted._replace(hyper={})), arrays)
+    return state._replace(hyper=hyperparams(config)), meta
+
+
+# %% [markdown]
+# ## Logging
+
+# %% Run folder tags=["shared"]
+# These do not change what is learned: a run may be resumed with other values of them.
+HOST_FIELDS = (
+    "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
+    "sample_interval", "save_interval", "profile_steps", "eval_tokens", "final_eval_tokens",
+)  # fmt: skip
+
+
+def open_run(config):
+    """(run folder, checkpoint to resume from or None): config.run_dir, or the first of run_dir-2, -3, … that is free.
+
+    A folder with an unfinished run of the same Config is resumed. InputError if its Config is another one, naming the
+    fields, or if the folder cannot be written or holds something else.
+    """
+    for number in itertools.count(1):
+        run = Path(config.run_dir if number == 1 else f"{config.run_dir}-{number}")
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if not any(run.iterdir()):
+                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+                return run, None
+            if not (run / "config.json").exists():
+                raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
+            saved = json.loads((run / "config.json").read_text())
+            (run / "metrics.jsonl").open("a").close()
+            checkpoints = list_checkpoints(run)
+            finished = checkpoints and json.loads((checkpoints[-1] / "meta.json").read_text()).get("finished")
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(
+                f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name a folder that can be written"
+            ) from error
+        if config.resume == "never" or finished or not checkpoints:
+            continue
+        changed = differences(saved, config, ignore=HOST_FIELDS)
+        if changed:
+            raise InputError(
+                f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
+                "name another run_dir, or set resume='never' to start in a new folder"
+            )
+        return run, checkpoints[-1]
+
+
+def read_metrics(run):
+    """The lines of a run's metrics.jsonl, as dicts."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_loss(run):
+    """Writes loss.png (training loss, its moving average, validation loss) and returns the figure."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = np.array(train).T
+        span = max(1, len(losses) // 10)
+        smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+        axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
+    if validation:
+        axes.plot(*np.array(validation).T, "o-", color="tab:orange", markersize=4, label="validation loss")
+    axes.set(xlabel="step", ylabel="nats per token", title=str(run))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(run) / "loss.png", dpi=110)
+    return figure
+
+
+# %% Meter tags=["shared"]
+def due(step, interval):
+    """Whether `step` is a multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def peak_memory():
+    """Bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Meter:
+    """Throughput of the training steps alone, from the moments at which the host saw a step's result."""
+
+    def __init__(self, config):
+        self.tokens_per_step, self.flops = config.tokens_per_step, flops_per_token(config)
+        self.peak = peak_flops(jax.devices()[0].device_kind)
+        self.seconds, self.steps = 0.0, 0  # of training, in all
+        self.restart()
+
+    def restart(self):
+        """Something else than training took the time: a compilation, an evaluation. Begin with the next result."""
+        self.since = None
+
+    def seen(self, step):
+        """The result of `step` steps has just been read. Returns the rates since the result before it."""
+        now, seconds, steps = time.perf_counter(), 0.0, 0
+        if self.since is not None:
+            seconds, steps = now - self.since, step - self.step
+        self.since, self.step = now, step
+        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
+        return self.rates(steps, seconds)
+
+    def rates(self, steps, seconds):
+        """{'tokens_per_second', 'mfu'}; None where there is nothing to divide, or no known peak."""
+        rate = self.tokens_per_step * steps / seconds if steps else None
+        return {"tokens_per_second": rate, "mfu": rate and self.peak and self.flops * rate / self.peak}
+
+
+def show_rates(tokens_per_second, mfu):
+    """'12,345 tok/s, MFU 41.2%', with n/a for None."""
+    rate = "n/a" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+    return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+
+
+# %% Run log tags=["shared"]
+class RunLog:
+    """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
+
+    def __init__(self, config, run, step):
+        from tensorboard.summary import DirectoryOutput, Writer
+
+        self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [line.rstrip() for line in lines if line.endswith("\n")]  # the last line may have been cut short
+        kept = [line for line in lines if (row := json.loads(line))["step"] < step + ("val_loss" in row)]
+        path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
+        self.file = path.open("a", buffering=1)
+        self.tensorboard = Writer(DirectoryOutput(str(run)))
+        self.live = someone_watches()
+        self.bar = tqdm(
+            total=self.total, initial=step, disable=not self.live,
+            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
+        )  # fmt: skip
+        self.meter = Meter(config)
+        self.unread = collections.deque()  # (step, metrics on the device)
+        self.last = {}
+
+    def write(self, step, **values):
+        """One line of metrics.jsonl, and a TensorBoard scalar for each value that is not None."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if value is not None:
+                self.tensorboard.add_scalar(name, np.float32(value), step)
+
+    def say(self, text):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def train_step(self, step, metrics):
+        """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before."""
+        self.done = step + 1
+        self.bar.update()
+        if due(step, self.interval):
+            self.unread.append((step, metrics))
+            self._read(leave=1)
+
+    def _read(self, leave):
+        while len(self.unread) > leave:
+            step, metrics = self.unread.popleft()
+            metrics = {name: float(x) for name, x in metrics.items()}
+            rates = self.meter.seen(step + 1)
+            self.last = {**metrics, **rates}
+            self.write(step, **self.last)
+            if rates["tokens_per_second"]:
+                left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
+                line = f"loss {metrics['loss']:.3f}, {show_rates(**rates)}, {left} left"
+                self.bar.set_postfix_str(line, refresh=False)
+                if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
+                    self.say(f"{self.at(step)}  {line}")
+
+    def at(self, step):
+        return f"step {step:>{len(str(self.total))}}/{self.total}"
+
+    @contextlib.contextmanager
+    def paused(self, state):
+        """Waits for the device to finish its steps; what happens inside is not counted as training time."""
+        self._read(leave=0)
+        jax.block_until_ready(state.step)
+        self.meter.seen(self.done)
+        yield
+        self.meter.restart()
+
+    def validation(self, result):
+        self.write(self.done, val_loss=result["loss"], val_bpb=result["bpb"])
+        self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
+
+    def samples(self, texts):
+        with (self.run / "samples.txt").open("a") as file:
+            file.write(f"--- step {self.done}\n" + "".join(f"{text}\n\n" for text in texts))
+        self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        self.tensorboard.close()
+
+
+# %% [markdown]
+# ## Preflight
+
+
+# %% Chips and prices tags=["shared"]
+class Chip(NamedTuple):
+    """What preflight must know of a TPU."""
+
+    kind: str  # jax's device_kind
+    hbm: float  # bytes that a program can use
+    bandwidth: float  # bytes/s
+    clock: float  # Hz, of the compiler's cycles
+    credits: float | None  # Colab compute units for an hour
+
+
+CHIPS = {
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None),
+}
+DOLLARS_PER_CREDIT = 50 / 600
+
+# %% Compile for a chip tags=["shared"]
+# The compiler runs in a process of its own: it may crash (it has), and once it is loaded where there is no TPU, jax's
+# profiler may crash, too. What travels there is the step as StableHLO, what comes back is the program and its memory.
+COMPILER = """
+import json, pathlib, sys
+import jax
+from jax.experimental import topologies
+
+folder, topology, donated = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+step = jax.export.deserialize((folder / "step").read_bytes())
+device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+place = jax.sharding.SingleDeviceSharding(device)
+args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in step.in_avals]
+try:
+    compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=place).lower(*args).compile()
+except jax.errors.JaxRuntimeError as error:
+    (folder / "error").write_text(str(error))
+else:
+    memory = compiled.memory_analysis()
+    names = "peak_memory_in_bytes", "argument_size_in_bytes", "alias_size_in_bytes"
+    (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
+    (folder / "program").write_text(compiled.as_text())
+"""
+COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
+    "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """A train step compiled for a chip: the text of the program, and bytes of its HBM."""
+
+    text: str
+    peak: int
+    arguments: int
+    alias: int  # arguments whose bytes the results take
+
+
+class CompileError(RuntimeError):
+    """The TPU's compiler refuses the step; its own words."""
+
+
+def require_compiler():
+    """InputError if the TPU's compiler cannot run on this machine. In a notebook, what is missing is installed."""
+    system = f"{platform.system()} on {platform.machine()}"
+    if system != "Linux on x86_64":
+        raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
+    missing = [name for name in ("libtpu", "flatbuffers") if importlib.util.find_spec(name) is None]
+    if missing and not IN_NOTEBOOK:
+        raise InputError(f"preflight: the TPU's compiler is not installed: pip install {' '.join(missing)}")
+    if missing:
+        print("installing", *missing)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+
+
+def compile_for(chip, step, args, donated=0, schedules=None):
+    """step(*args), args all arrays, Compiled for `chip`; the first `donated` ones give their bytes to the results.
+
+    `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time; none are written
+    where the chip is there. CompileError if the compiler refuses the step.
+    """
+    if jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
+        try:
+            compiled = jax.jit(step, donate_argnums=range(donated)).lower(*args).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise CompileError(str(error)) from error
+        memory = compiled.memory_analysis()
+        sizes = memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.alias_size_in_bytes
+        return Compiled(compiled.as_text(), *sizes)
+
+    require_compiler()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
+        command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(donated)]
+        environment = os.environ | COMPILER_ENVIRONMENT
+        if schedules:
+            flags = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_pass_label_regex=final_bundles"
+            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if (folder / "error").exists():
+            raise CompileError((folder / "error").read_text())
+        if done.returncode:
+            fatal = re.search(r"^F\d{4} .*?\] (.*)", done.stderr, re.M)
+            words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
+            raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
+        return Compiled((folder / "program").read_text(), *json.loads((folder / "memory").read_text()))
+
+
+def compile_step(config, chip):
+    """The train step of `config`, Compiled for `chip`, its state donated. CompileError if the compiler refuses it."""
+    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
+    leaves, tree = jax.tree.flatten((jax.eval_shape(lambda: init_train_state(config)), tokens, tokens))
+
+    def step(*leaves):
+        return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
+
+    return compile_for(chip, step, leaves, donated=len(leaves) - 2)
+
+
+def reason(error):
+    """(one sentence that says why a program does not compile, bytes of HBM that it would have taken or None)."""
+    text = str(error)
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+    if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
+        need, available = float(hbm[1]) * unit[hbm[2]] / 2**30, float(hbm[3]) * unit[hbm[4]] / 2**30
+        return f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB", need * 2**30
+    if vmem := re.search(r"vmem.*?%(\S+) = .*?size ([\d.]+\w) and limit ([\d.]+\w)", text, re.S):
+        return f"over VMEM in the kernel {vmem[1]}: {vmem[2]} of {vmem[3]}; try a smaller splash_block_size", None
+    return " ".join(line for line in text.splitlines() if line.strip())[:300], None
+
+
+# %% Read the schedule tags=["shared"]
+NO_ESTIMATE = 2**64 - 1
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+NO_WORK = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier"}
+
+
+class Instruction(NamedTuple):
+    """One line of a compiled program."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list
+    rest: str
+
+
+class Op(NamedTuple):
+    """An instruction as the chip meets it, `times` times a step."""
+
+    name: str
+    opcode: str
+    scope: str  # jax's op_name, with the named scopes
+    times: int
+    cycles: int  # the compiler's estimate, 0 where it has none
+    traffic: float  # bytes to and from HBM
+    matmul_flops: float  # of matmuls between bfloat16 operands
+    operands: list
+    rest: str
+
+
+def hbm_bytes(shape):
+    """Bytes of an HLO shape, tuple or not, that lie in HBM; what the compiler keeps in VMEM is marked S(1)."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
+    return sum(
+        ITEM_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims, layout in arrays
+        if dtype in ITEM_BYTES and not re.search(r"S\([1-9]\)", layout)
+    )
+
+
+def read_program(text):
+    """({computation: [Instruction]}, name of the entry) of the text of a compiled program."""
+    found, entry = {}, None
+    for line in text.split("\n"):
+        if head := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            body = found[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif found and (match := INSTRUCTION.match(line)):
+            name, shape, opcode, rest = match.groups()
+            body.append(Instruction(name, shape, opcode, re.findall(r"%([^\s,)]+)", rest.split("), ")[0]), rest))
+        elif found and body and line != "}":  # an instruction goes over several lines where it carries a kernel
+            body[-1] = body[-1]._replace(rest=body[-1].rest + line)
+    return found, entry
+
+
+def traffic(program, shapes, instruction):
+    """Bytes that an instruction reads from HBM and writes to it: of a table that it only gathers rows from, the rows;
+    of an array that it updates in place, the update."""
+    sizes = [hbm_bytes(shapes.get(operand, "")) for operand in instruction.operands]
+    result = hbm_bytes(instruction.shape)
+    if called := re.search(r"calls=%([^\s,]+)", instruction.rest):
+        body = program[called[1]]
+        inner = {x.name: x.shape for x in body}
+        for parameter in (x for x in body if x.opcode == "parameter"):
+            i, users = int(parameter.rest.split(")")[0]), [x for x in body if parameter.name in x.operands]
+            if not users or not sizes[i] or any(x.operands[0] != parameter.name for x in users):
+                continue
+            if all(x.opcode in ("gather", "dynamic-slice") for x in users):
+                sizes[i] = min(sizes[i], sum(hbm_bytes(re.sub(r"S\(\d\)", "", x.shape)) for x in users))
+            if all(x.opcode == "dynamic-update-slice" for x in users):
+                result = min(result, sum(hbm_bytes(inner[x.operands[1]]) for x in users))
+                sizes[i] = 0
+    return sum(sizes) + result
+
+
+def matmul_flops(program, instruction):
+    """FLOPs of the matmuls, on a TPU they are convolutions, of bfloat16 operands inside a fusion; else 0.
+
+    Of [M, K], [K, N] → [M, N] the product of all three sizes is (M·K·N)², whatever the layout. (A batched matmul counts
+    too much by that; op_seconds takes no more than the compiler's estimate.)
+    """
+    called = re.search(r"calls=%([^\s,]+)", instruction.rest)
+    body = program[called[1]] if called else []
+    shapes, flops = {x.name: x.shape for x in body}, 0.0
+    for x in body:
+        if x.opcode in ("convolution", "dot"):
+            arrays = [re.match(r"(\w+)\[([\d,]*)\]", shape) for shape in (x.shape, *(shapes[o] for o in x.operands))]
+            if all(array[1] == "bf16" for array in arrays[1:]):
+                flops += 2 * math.sqrt(math.prod(int(n) for array in arrays for n in array[2].split(",") if n))
+        elif x.opcode == "fusion":
+            flops += matmul_flops(program, x)
+    return flops
+
+
+def total_cycles(ops):
+    return sum(op.times * op.cycles for op in ops)
+
+
+def schedule(text):
+    """[Op] of a compiled program in the order in which they run, those in loops with how often."""
+    program, entry = read_program(text)
+
+    def walk(name, times):
+        shapes = {x.name: x.shape for x in program[name]}
+        for x in program[name]:
+            if x.opcode == "while":
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', x.rest)
+                condition = program[re.search(r"condition=%([^\s,]+)", x.rest)[1]]
+                bounds = [int(c.rest.split(")")[0]) for c in condition if re.match(r"\d+\)", c.rest)]
+                body = re.search(r"body=%([^\s,]+)", x.rest)[1]
+                yield from walk(body, times * (int(trips[1]) if trips else max([1, *bounds])))
+            elif x.opcode == "conditional":  # the longest of its branches
+                branches = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
+                names = re.findall(r"%([^\s,}]+)", branches[1] if branches else "")
+                yield from max((list(walk(branch, times)) for branch in names), key=total_cycles, default=[])
+            elif x.opcode not in NO_WORK:
+                scope = re.search(r'op_name="([^"]*)"', x.rest)
+                cycles = re.search(r'"estimated_cycles":"(\d+)"', x.rest)
+                cycles = int(cycles[1]) if cycles and int(cycles[1]) != NO_ESTIMATE else 0
+                scope = scope[1] if scope else ""
+                moved, flops = traffic(program, shapes, x), matmul_flops(program, x)
+                yield Op(x.name, x.opcode, scope, times, cycles, moved, flops, x.operands, x.rest)
+
+    return list(walk(entry, 1))
+
+
+# %% Splash kernels tags=["shared"]
+# Cycles that an active block takes by the kernel's own instruction schedule (benchmarks/kernel_cycles.py), for blocks
+# of 128, 256, 512 and 1024 tokens at head_dim 128 and 256; bfloat16, T=2048. 64 costs what 128 does.
+BLOCK_SIZES = 128, 256, 512, 1024
+BLOCK_CYCLES = {
+    ("v6e", "fwd"): {128: (233, 563, 912, 3482), 256: (326, 596, 962, 3566)},
+    ("v6e", "dkv"): {128: (237, 654, 1275, 4517), 256: (370, 715, 1327, 4588)},
+    ("v6e", "dq"): {128: (197, 458, 1009, 3624), 256: (274, 490, 1041, 3799)},
+    ("v5e", "fwd"): {128: (254, 508, 1188, 4796), 256: (367, 622, 2151, 8650)},
+    ("v5e", "dkv"): {128: (238, 725, 1860, 6950), 256: (417, 1021, 3769, 14368)},
+    ("v5e", "dq"): {128: (244, 521, 1467, 5671), 256: (345, 801, 2997, 11485)},
+}  # fmt: skip
+WINDOW_FACTOR = {  # the mask of a window has one comparison more: blocks of 512 and 1024; smaller ones do not show it
+    ("v6e", "fwd"): (1.11, 1.36), ("v6e", "dkv"): (1.13, 1.07), ("v6e", "dq"): (1.18, 1.16),
+    ("v5e", "fwd"): (1.00, 1.07), ("v5e", "dkv"): (1.03, 1.02), ("v5e", "dq"): (1.02, 1.03),
+}  # fmt: skip
+STEP_CYCLES = {"v6e": 220, "v5e": 180}  # of a step of the grid, whether or not its block is active
+ROW_CYCLES = {  # for each token of a row of blocks: its start and its end
+    ("v6e", "fwd"): 0.5, ("v6e", "dkv"): 0.25, ("v6e", "dq"): 0.13,
+    ("v5e", "fwd"): 1.0, ("v5e", "dkv"): 0.45, ("v5e", "dq"): 0.22,
+}  # fmt: skip
+STEP_SECONDS = 0.5e-6  # the least that a step of the grid takes: from published times with blocks of 128, 256 and 512
+
+
+def splash_seconds(op, chip, windows):
+    """Seconds of one splash kernel, or None if `op` is another kernel."""
+    blocks = {name: int(size) for name, size in re.findall(r'\\"(block_\w+)\\": (\d+)', op.rest)}
+    kernel = next((kind for kind in ("dkv", "dq", "fwd") if f"splash_mha_{kind}" in op.name), None)
+    operands = re.findall(r"(\w+)\[([\d,]+)\]", op.rest.partition("operand_layout_constraints={")[2])
+    if not (kernel and blocks and operands):
+        return None
+    grid = [int(n) for n in operands[0][1].split(",")]  # the mask: what blocks there are, the width of a row of them
+    dtype, *heads, T, H = next((d, *map(int, s.split(","))) for d, s in operands if d in ("bf16", "f32"))
+    suffix = "" if kernel == "fwd" else f"_{kernel}"
+    block_q, block_kv = blocks["block_q" + suffix], blocks["block_kv" + suffix]
+    layer = re.search(r"layer_(\d+)", op.scope)
+    window = windows[int(layer[1])] if layer else max(windows)
+    active = sum(
+        q + block_q - 1 >= kv and q - (kv + block_kv - 1) <= window  # some query of the block sees some key of it
+        for q in range(0, T, block_q)
+        for kv in range(0, T, block_kv)
+    )
+    i = min(range(4), key=lambda i: abs(math.log(block_q * block_kv / BLOCK_SIZES[i] ** 2)))
+    cycles = BLOCK_CYCLES[chip, kernel][256 if H > 192 else 128][i] * block_q * block_kv / BLOCK_SIZES[i] ** 2
+    if window < T and i >= 2:
+        cycles *= WINDOW_FACTOR[chip, kernel][i - 2]
+    clock, steps = CHIPS[chip].clock, math.prod(grid[-2:])
+    busy = max((STEP_CYCLES[chip] + cycles) / clock, STEP_SECONDS)
+    idle = max(STEP_CYCLES[chip] / clock, STEP_SECONDS)
+    row = ROW_CYCLES[chip, kernel] * T / clock  # all rows of blocks
+    return math.prod(heads) * (active * busy + max(0, steps - active) * idle + row)
+
+
+# %% Our kernels tags=["shared"]
+BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
+
+
+def bundles(path):
+    """[(depth of the loop that it is in, text)] of each bundle of instructions in the schedule that the compiler writes
+    of a kernel. A bundle takes one cycle if nothing stalls."""
+    found = []
+    for line in path.read_text(errors="replace").split("\n"):
+        if match := BUNDLE.match(line):
+            found.append([match[1].count(">"), match[2]])
+        elif found:
+            found[-1][1] += line
+    return found
+
+
+def branches(schedule):
+    """[(first bundle, number of bundles)] in the grid's loop that a predicated branch can jump over, the long ones."""
+    ends, found = {}, []
+    for i, (_, text) in enumerate(schedule):
+        for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
+            ends.setdefault(region, i)
+    for i, (depth, text) in enumerate(schedule):
+        branch = re.search(r"sbr\.rel \([^)]*\) target = \$region(\d+)", text)
+        if branch and depth and ends.get(branch[1], 0) > i + 20:
+            found.append((i + 1, ends[branch[1]] - i))
+    return found
+
+
+def program_cycles(schedule, group):
+    """Cycles of one program of fused attention. What only one query head of a group does counts 1/group."""
+    found = branches(schedule)
+    start, size = max(found, key=lambda branch: branch[1])  # the program, if one is left to do
+    once = sum(n for i, n in found if start < i and i + n < start + size)
+    return sum(depth > 0 for depth, _ in schedule) - once * (1 - 1 / group)
+
+
+def attention_seconds(config, chip):
+    """{(kernel, window): seconds} of fused attention in one layer, from the schedules of its kernels, compiled alone.
+
+    Empty where the model uses another kernel, and on a real TPU, which is better asked by running.
+    """
+    B, T, N, K, H = config.device_batch_size, config.seq_len, config.n_head, config.kv_heads, config.head_dim
+    found = {}
+    if config.attn_impl not in ("auto", "fused") or not fits_vmem(T, H):
+        return found
+    shapes = [jax.ShapeDtypeStruct((2 * T, n * H), config.compute_dtype) for n in (N, K, K, N)]
+    for window in dict.fromkeys(config.windows):
+
+        def step(q, k, v, g, window=window):
+            y, pullback = jax.vjp(lambda *qkv: attend(config, *qkv, T, window), q, k, v)
+            return y, *pullback(g)
+
+        with tempfile.TemporaryDirectory() as folder:
+            compile_for(chip, step, shapes, schedules=folder)
+            for path in Path(folder).glob("*attention_*_kernel*-final_bundles.txt"):
+                if "schedule-analysis" not in path.name:
+                    kernel = re.search(r"attention_\w+?_kernel", path.name)[0]
+                    found[kernel, window] = B * N * program_cycles(bundles(path), N // K) / CHIPS[chip].clock
+    return found
+
+
+# %% Estimate tags=["shared"]
+REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published matmuls reach 68 to 70% of a v6e's peak
+
+
+def component(op):
+    """(component, 'forward' | 'backward') of an op, by its named scopes."""
+    direction = "backward" if re.search(r"transpose\(|rematted", op.scope) else "forward"
+    if (
+        op.opcode == "custom-call"
+        and "tpu_custom_call" in op.rest
+        and re.search("splash|attention", op.name + op.scope)
+    ):
+        return "attention kernel", "backward" if re.search("dkv|dq|bwd|backward", op.name) else direction
+    scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
+    found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
+    names = {"lm_head": "head and loss", "loss": "head and loss", "attn": "attention", "embed": "embedding"}
+    return names.get(found, found if found != "mlp" else "MLP"), direction
+
+
+def op_seconds(op, chip):
+    """Seconds of an op that runs by itself: the slowest of HBM, matrix unit and vector unit.
+
+    The compiler adds a matmul's epilogue to the matmul. On the chip the two overlap where the operands are bfloat16.
+    """
+    cycles = op.cycles / CHIPS[chip].clock
+    matmul = min(op.matmul_flops / (REACHED_MATMUL * peak_flops(CHIPS[chip].kind)), cycles)
+    return max(op.traffic / (REACHED_BANDWIDTH * CHIPS[chip].bandwidth), matmul, cycles - matmul)
+
+
+def kernel_seconds(op, chip, windows, ours):
+    """Seconds of a Pallas kernel, or None if it is not known; `ours` as by attention_seconds."""
+    if kernel := re.match(r"attention_\w+?_kernel", op.name):
+        layer = re.search(r"layer_(\d+)", op.scope)
+        window = windows[int(layer[1])] if layer else max(windows)
+        return max(ours[kernel[0], window], op_seconds(op, chip)) if (kernel[0], window) in ours else None
+    return splash_seconds(op, chip, windows)
+
+
+def estimate(text, chip, windows, ours=types.MappingProxyType({})):
+    """({(component, direction): seconds}, [names of kernels that could not be counted]) of a compiled program.
+
+    `windows`: of each layer; `ours`: what attention_seconds found.
+    """
+    parts, unknown = collections.Counter(), []
+    for op in schedule(text):
+        if re.search("-(start|done|update)$", op.opcode):  # copies beside the arithmetic
+            continue
+        if "tpu_custom_call" in op.rest:
+            seconds = kernel_seconds(op, chip, windows, ours)
+            if seconds is None:
+                unknown.append(op.name)
+                seconds = op_seconds(op, chip)  # its bytes alone
+        else:
+            seconds = op_seconds(op, chip)
+        parts[component(op)] += op.times * seconds
+    return parts, unknown
+
+
+# %% Report tags=["shared"]
+def describe_memory(config, chip, compiled):
+    """Prints the peak of the step, and what the compiler tells about its parts; returns it, in bytes."""
+    weights = 4 * count_params(config)["total"]
+    parts = {"weights": weights, "moments": 2 * weights}
+    parts["the rest of the arguments"] = compiled.arguments - 3 * weights
+    if config.grad_accum_steps > 1:
+        parts["accumulated gradients"] = weights
+    parts["activations, gradients, bfloat16 weights"] = compiled.peak - sum(parts.values())
+    split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
+    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} at its peak: {split}")
+    return compiled.peak
+
+
+def describe_time(config, chip, seconds):
+    """Prints what an estimated step of `seconds` means for the run; returns tokens per second and MFU."""
+    kind, steps = CHIPS[chip].kind, config.total_steps
+    rate, hours = config.tokens_per_step / seconds, steps * seconds / 3600
+    mfu = flops_per_token(config) * rate / peak_flops(kind)
+    print(
+        f"time    {seconds * 1e3:.1f} ms a step of {config.tokens_per_step:,} tokens: {rate:,.0f} tok/s, MFU {mfu:.1%}"
+    )
+    print(f"        (6 FLOPs a matmul weight, 12·N·H a visible key; of {peak_flops(kind) / 1e12:.0f} TFLOP/s)")
+    run = f"run     {steps:,} steps, {steps * config.tokens_per_step / 1e9:,.2f}B tokens: {format_time(3600 * hours)}"
+    if CHIPS[chip].credits:
+        credits = hours * CHIPS[chip].credits
+        run += f", {credits:,.1f} credits, ${credits * DOLLARS_PER_CREDIT:,.2f}"
+    print(f"{run}; evaluations, samples and compilation not included")
+    return rate, mfu
+
+
+def describe_parts(parts, unknown):
+    """Prints the table of time per component."""
+    total = sum(parts.values())
+    rows = collections.defaultdict(dict)
+    for (name, direction), seconds in parts.items():
+        rows[name][direction] = seconds
+    print(f"{'ms':>24} {'forward':>9} {'backward':>9} {'share':>7}")
+    for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
+        forward, backward = (row.get(direction, 0) for direction in ("forward", "backward"))
+        print(f"{name:>24} {1e3 * forward:9.2f} {1e3 * backward:9.2f} {(forward + backward) / total:7.1%}")
+    print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
+    print("kernels are counted from their static schedules; copies that run beside arithmetic are not counted")
+    if unknown:
+        print(f"NOT counted but for their bytes: the kernels {', '.join(sorted(unknown)[:4])}, {len(unknown)} in all")
+
+
+def plot_parts(parts, title, path):
+    """Horizontal bars of milliseconds per component, forward and backward, saved to `path`."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for name, _ in parts}, key=lambda name: sum(s for (n, _), s in parts.items() if n == name))
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes, left = figure.subplots(), np.zeros(len(names))
+    for direction in ("forward", "backward"):
+        width = np.array([1e3 * parts.get((name, direction), 0) for name in names])
+        axes.barh(names, width, left=left, label=direction)
+        left += width
+    axes.set_xlabel("ms a step, estimate")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+# %% What would fit tags=["shared"]
+def largest_batch(config, chip, needed):
+    """The largest device_batch_size that fits and keeps the tokens of a step, found by compiling; None if not even 1.
+
+    `needed`: bytes that the one which did not fit would have taken, to begin near the answer; or None.
+    """
+    rows = config.tokens_per_step // config.seq_len
+    sizes = [b for b in range(config.device_batch_size - 1, 0, -1) if rows % b == 0]
+
+    def fits(b):
+        print(f"        device_batch_size={b} …", end=" ", flush=True)
+        try:
+            compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), chip)
+        except CompileError as error:
+            print(reason(error)[0])
+            return False
+        print("fits")
+        return True
+
+    guess = config.device_batch_size * CHIPS[chip].hbm / needed if needed else config.device_batch_size / 2
+    i = next((i for i, b in enumerate(sizes) if b <= guess), len(sizes) - 1)
+    if not sizes:
+        return None
+    if fits(sizes[i]):
+        while i > 0 and fits(sizes[i - 1]):
+            i -= 1
+        return sizes[i]
+    return next((b for b in sizes[i + 1 :] if fits(b)), None)
+
+
+# %% Preflight tags=["shared"]
+def preflight(config, chip="v6e"):
+    """Compiles the train step for `chip` and prints whether it fits, how fast it will be and what the run will cost.
+
+    Returns {'fits', 'reason'} and, if it fits, {'peak': bytes, 'seconds': of a step, 'tokens_per_second', 'mfu',
+    'parts': {(component, direction): seconds}, 'unknown': [kernels that were not counted], 'picture': path}, else
+    {'device_batch_size': the largest that fits, or None}. InputError if this machine cannot compile for a TPU.
+    """
+    require(chip in CHIPS, "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
+    started = time.perf_counter()
+    counts = count_params(config)["total"]
+    print(f"preflight on {chip}: {counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens "
+          f"× {config.grad_accum_steps} a step", flush=True)  # fmt: skip
+    try:
+        compiled = compile_step(config, chip)
+    except CompileError as error:
+        why, needed = reason(error)
+        print(f"does not compile: {why}")
+        batch = largest_batch(config, chip, needed) if "HBM" in why else None
+        if batch:
+            print(f"what fits: device_batch_size={batch}, total_batch_size={config.tokens_per_step}: the same step in "
+                  f"{config.tokens_per_step // config.seq_len // batch} parts")  # fmt: skip
+        return {"fits": False, "reason": why, "device_batch_size": batch}
+    print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
+    peak = describe_memory(config, chip, compiled)
+    parts, unknown = estimate(compiled.text, chip, config.windows, attention_seconds(config, chip))
+    seconds = sum(parts.values())
+    rate, mfu = describe_time(config, chip, seconds)
+    describe_parts(parts, unknown)
+    title = f"{chip}: {seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
+    picture = plot_parts(parts, title, Path(config.run_dir).parent / f"preflight-{chip}.png")
+    print(f"picture {picture}", flush=True)
+    return {
+        "fits": True, "reason": "", "peak": peak, "seconds": seconds, "tokens_per_second": rate, "mfu": mfu,
+        "parts": dict(parts), "unknown": unknown, "picture": picture,
+    }  # fmt: skip
+
+
+# %% Preflight from the command line tags=["shared"]
+def preflight_option(argv):
+    """([chips], the other options): `--preflight v6e`, `--preflight=v5e` or `--preflight all`."""
+    chips, rest = [], []
+    for option in (words := iter(argv)):
+        name, _, value = option.partition("=")
+        if name != "--preflight":
+            rest.append(option)
+            continue
+        chip = value or next(words, "")
+        require(chip in (*CHIPS, "all"), "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
+        chips += [chip] if chip in CHIPS else list(CHIPS)
+    if chips and not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+        jax.config.update("jax_platforms", "cpu")  # or jax would look for a TPU, and say at length that there is none
+    return chips, rest
+
+
+# %% [markdown]
+# ## Train
+
+# %% Train tags=["shared"]
+SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
+
+
+def trace_options():
+    """XProf without Python's own call stack, which is most of a trace's size and slows the host that is to be seen."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
+
+
+def train(config):
+    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics."""
+    started = time.perf_counter()
+    shards, fetch_validation = list_shards(config)
+    announce_downloads(config, [*shards, fetch_validation])
+    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
+        check_shard(fetch())
+    tokenizer = find_tokenizer(config, shards[0]())
+    validation = in_background(lambda: check_shard(fetch_validation()))
+    run, checkpoint = open_run(config)
+    if checkpoint:
+        state, meta = load_checkpoint(checkpoint, config)
+    else:
+        state, meta = init_train_state(config), {"step": 0}
+    first, total = meta["step"], config.total_steps
+    describe_run(config, run, first)
+
+    batches = None
+    traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
+        if checkpoint:
+            loader.load_state_dict(meta["loader"])
+        log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        trace = stack.enter_context(contextlib.ExitStack())
+        for step in range(first, total):
+            if traced and step == traced.start:
+                with log.paused(state):
+                    trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                tokens, targets = next(loader)
+                state, metrics = train_step(config, state, tokens, targets)
+            if step == first:
+                jax.block_until_ready(state.step)
+                seconds, loss = time.perf_counter() - started, float(metrics["loss"])
+                log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
+            log.train_step(step, metrics)
+            if traced and step == traced[-1]:
+                with log.paused(state):
+                    trace.close()
+
+            done, last = step + 1, step + 1 == total
+            if last or due(done, config.eval_interval):
+                with log.paused(state):
+                    if last or not batches:  # the last evaluation takes more of the shard
+                        if validation.done() and validation.exception():
+                            validation = in_background(lambda: check_shard(fetch_validation()))  # a second chance
+                        amount = config.final_eval_tokens if last else config.eval_tokens
+                        batches = validation_batches(config, tokenizer, validation.result(), amount)
+                    result = evaluate(config, state.params, batches)
+                    log.validation(result)
+            if last or due(done, config.sample_interval):
+                with log.paused(state):
+                    log.samples(generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=48))
+            if last or due(done, config.save_interval):
+                with log.paused(state):
+                    save_checkpoint(run, config, state, loader=loader.state_dict(), finished=last)
+        summary = {
+            "step": total, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
+            "tokens": total * config.tokens_per_step,
+            **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
+            "wait_seconds": loader.wait_seconds, "peak_memory": peak_memory(), "run_dir": str(run),
+        }  # fmt: skip
+    plot_loss(run)
+    return summary
+
+
+# %% What is said before and after tags=["shared"]
+def describe_run(config, run, first):
+    """Prints the device, the model, the data and the folder of a run that begins at step `first`."""
+    kind, counts, steps = jax.devices()[0].device_kind, count_params(config), config.total_steps
+    peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
+    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
+    tokens = steps * config.tokens_per_step / 1e6
+    print(f"device  {kind}, peak {peak}")
+    print(f"model   {counts['total'] / 1e6:.1f}M parameters ({parts})")
+    print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
+    print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
+
+
+def show_summary(summary):
+    """Prints what train returned."""
+    files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
+    print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
+    print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
+    print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
+    print(f"time    {format_time(summary['seconds'])} in all, {summary['wait_seconds']:.1f} s waiting for data")
+    print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
+    print(f"files   {summary['run_dir']}: {files}")
+
+
+# %% [markdown]
+# # Run
+#
+# Everything above only defined things. `Config.for_device()` is the 369M model on a TPU or GPU, and the demo on a
+# CPU; change what you like with `config.replace(...)`. As a script, every field is an option:
+# `python 04_maxtext.py --n_head 4 --num_iterations 200`.
+
+# %% Configure tags=["run"]
+with one_line_errors():
+    chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
+    default = Config() if chips else Config.for_device()
+    config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
+
+# %% [markdown]
+# Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
+# As a script: `python 04_maxtext.py --preflight v6e`, with other options as you like.
+
+# %% Ask the compiler tags=["run"]
+PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
+if PREFLIGHT:
+    from IPython.display import Image, display
+
+    report = preflight(Config(), PREFLIGHT)
+    if report["fits"]:
+        display(Image(str(report["picture"])))
+if chips:
+    with one_line_errors():
+        reports = [preflight(config, chip) for chip in chips]
+    raise SystemExit(not all(report["fits"] for report in reports))
+
+# %% Train it tags=["run"]
+with one_line_errors():
+    summary = train(config)
+show_summary(summary)
+
+# %% [markdown]
+# **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
+# slowly, and once more in the warmdown, when the falling learning rate lets the weights settle. If the end of the
+# curve is still falling, more steps would pay.
+
+# %% Loss curve tags=["run"]
+if IN_NOTEBOOK:
+    from IPython.display import Image, display
+
+    display(Image(str(Path(summary["run_dir"]) / "loss.png")))
+
+# %% [markdown]
+# ## Is that any good?
+#
+# A language model is a compressor: its bits per byte are the size to which an arithmetic coder driven by its
+# predictions would shrink the text. So there is a yardstick in every Unix box. It is not a fair fight: the model has
+# read a training set first and its own weights are not counted, while `xz` and `zstd` begin with nothing. But a model
+# that loses it has learned nothing.
+
+
+# %% Compressors tags=["shared"]
+def compressor_bpb(text):
+    """Bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
+    data = text.encode()
+    packed = {
+        "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+        "zstd -19 --ultra": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
+    }
+    return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
+
+
+# %% Compare tags=["run"]
+shards, fetch_validation = list_shards(config)
+documents = (text for _, text in read_documents(fetch_validation()))
+sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, a part of FineWeb-Edu's
+for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
+    print(f"{name:18}{bpb:.3f} bits per byte")
+
+# %% [markdown]
+# ## Ask it
+#
+# The checkpoint is what a later session would load. Temperature 0 always takes the likeliest token; higher is more
+# adventurous.
+
+# %% Samples tags=["run"]
+state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
+tokenizer = find_tokenizer(config, shards[0]())
+for text in generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=100, temperature=0.8):
+    print(text, end="\n\n")
+
+# %% [markdown]
+# ## Look inside
+#
+# TensorBoard shows the curves, and under *Profile* the trace of a few steps in the middle of the run: open the trace
+# viewer and look for the named scopes, and for gaps between the steps, in which the device waits for the host.
+
+# %% TensorBoard tags=["run"]
+if "google.colab" in sys.modules:
+    from tensorboard import notebook
+
+    notebook.start(f"--logdir {summary['run_dir']}")
+else:
+    print(f"tensorboard --logdir {summary['run_dir']}")

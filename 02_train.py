@@ -351,8 +351,22 @@ class BaseConfig:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
         return dataclasses.replace(self, **changes)
 
+    @classmethod
+    def for_device(cls):
+        """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
+        if jax.default_backend() == "cpu":
+            return cls.demo()
+        config, device = cls(), jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
+        return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
+
 
 # %% Config
+# Sequences of a pass that fit a chip, by jax's device_kind: preflight's word. Other devices go by their memory.
+DEVICE_BATCH = {"TPU v6 lite": 4, "TPU v5 lite": 4}
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
@@ -385,16 +399,6 @@ class Config(BaseConfig):
             log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
-
-    @classmethod
-    def for_device(cls):
-        """The reference model on a TPU or a GPU, the demo on a CPU."""
-        if jax.default_backend() == "cpu":
-            return cls.demo()
-        memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        if jax.default_backend() == "gpu" and memory < 40e9:
-            return cls(device_batch_size=1, total_batch_size=4 * 2048)  # the same step in four microbatches
-        return cls()
 
 
 # %% Config from the command line tags=["shared"]

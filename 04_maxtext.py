@@ -350,8 +350,23 @@ class BaseConfig:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
         return dataclasses.replace(self, **changes)
 
+    @classmethod
+    def for_device(cls):
+        """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
+        if jax.default_backend() == "cpu":
+            return cls.demo()
+        config, device = cls(), jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
+        return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
+
 
 # %% Config
+# Sequences of a pass that fit a chip, by jax's device_kind: preflight's word. Other devices go by their memory.
+DEVICE_BATCH = {"TPU v6 lite": 8, "TPU v5 lite": 4}
+REMATS = "none", "minimal", "full"
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
@@ -382,8 +397,7 @@ class Config(BaseConfig):
             below, above = value // 256 * 256, -(-value // 256) * 256
             nearest = f"{below} or {above}" if below else f"{above}"
             require(value % 256 == 0, name, value, f"must be a multiple of 256, the matrix unit's width: {nearest}")
-        remats = ("none", "minimal", "full")
-        require(self.remat in remats, "remat", self.remat, f"must be one of {', '.join(remats)}")
+        require(self.remat in REMATS, "remat", self.remat, f"must be one of {', '.join(REMATS)}")
         rows = self.device_batch_size * self.seq_len
         require(
             rows % self.loss_chunks == 0, "loss_chunks", self.loss_chunks, f"must divide the {rows} tokens of a pass"
@@ -410,11 +424,6 @@ class Config(BaseConfig):
             run_dir="runs/maxtext-demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
-
-    @classmethod
-    def for_device(cls):
-        """The 369M model on a TPU or a GPU, the demo on a CPU."""
-        return cls.demo() if jax.default_backend() == "cpu" else cls()
 
 
 # %% Config from the command line tags=["shared"]

@@ -155,6 +155,28 @@ def test_demo_is_the_default_of_a_cpu(nb):
     assert demo.dataset == "embedded" and nb.count_params(demo)["total"] < 10_000_000
 
 
+class FakeDevice:
+    def __init__(self, kind, memory=None):
+        self.device_kind, self.memory = kind, memory
+
+    def memory_stats(self):
+        return {"bytes_limit": self.memory} if self.memory else None
+
+
+@pytest.mark.parametrize(
+    ("device", "rows"),
+    [(FakeDevice("TPU v6 lite"), 4), (FakeDevice("TPU v5 lite"), 4), (FakeDevice("NVIDIA H100 80GB HBM3", 80e9), 4),
+     (FakeDevice("Tesla T4", 15e9), 1), (FakeDevice("unknown"), 1)],
+)  # fmt: skip
+def test_the_step_fits_the_device(nb, monkeypatch, device, rows):
+    """Passes as large as the device allows; the tokens of a step are the same everywhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    config = nb.Config.for_device()
+    assert config.device_batch_size == rows and config.tokens_per_step == nb.Config().tokens_per_step
+    assert config.replace(device_batch_size=4, total_batch_size=-1) == nb.Config()
+
+
 # A changed value for each field that is compiled in. All other fields must be free.
 COMPILED = dict(
     n_head=4, n_kv_head=2, head_dim=64, aspect_ratio=32, vocab_size=4096, seq_len=1024, window_pattern="L",

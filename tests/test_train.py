@@ -201,13 +201,18 @@ def test_a_metrics_line_cut_short_is_dropped(nb, tmp_path):
     assert rows(tmp_path) == [{"step": 0, "loss": 1.0}]
 
 
-def test_the_notebook_runs_in_a_real_kernel(tmp_path):
-    """02_train.ipynb, all cells top to bottom in Jupyter, with a Config of a few steps."""
-    notebook = nbformat.read(ROOT / "02_train.ipynb", 4)
+FEW = {name: value for name, value in TINY.items() if name.endswith(("_interval", "_tokens", "_iterations"))}
+WIDE = dict(n_layer=1, mlp_dim=256, device_batch_size=2, **FEW)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("02_train.ipynb", TINY), ("04_maxtext.ipynb", WIDE)])
+def test_the_notebook_runs_in_a_real_kernel(tmp_path, name, shape):
+    """All cells top to bottom in Jupyter, with a Config of a few steps."""
+    notebook = nbformat.read(ROOT / name, 4)
     (cell,) = (cell for cell in notebook.cells if "default = Config() if chips" in cell.source)
-    changes = {**TINY, "run_dir": str(tmp_path / "run"), "dataset": str(ROOT / "data" / "embedded")}
+    changes = {**shape, "run_dir": str(tmp_path / "run"), "dataset": str(ROOT / "data" / "embedded")}
     cell.source += f"\nconfig = config.replace(**{changes!r})"
-    (tmp_path / "02_train.ipynb").write_text(nbformat.writes(notebook))
+    (tmp_path / name).write_text(nbformat.writes(notebook))
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

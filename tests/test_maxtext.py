@@ -1,0 +1,250 @@
+"""04_maxtext.py: what it has of its own. The cells that it shares with 02_train.py are tested there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tools.notebooks import load
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def mt():
+    """04_maxtext as a module."""
+    return load(ROOT / "04_maxtext.py")
+
+
+def small_config(mt, **changes):
+    """The smallest of 256-aligned models: two layers, two query heads that share one of keys and values."""
+    config = mt.Config(
+        n_embd=256, n_layer=2, mlp_dim=256, n_head=2, n_kv_head=1, vocab_size=512, seq_len=256, device_batch_size=1,
+        compute_dtype="float32", attn_impl="einsum", num_iterations=10,
+    )  # fmt: skip
+    return config.replace(**changes)
+
+
+def shaken(mt, config, seed=0):
+    """Parameters in which no weight is zero, so that every part of the model has a say in the logits."""
+    rng, noise = np.random.default_rng(seed), {"o": 0.05, "down": 0.05, "lm_head": 0.1}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x + noise.get(path[-1].key, 0) * jnp.asarray(rng.normal(size=x.shape), jnp.float32),
+        mt.init_params(config, jax.random.key(seed)),
+    )
+
+
+def batch(config):
+    rows = config.tokens_per_step // config.seq_len
+    stream = jax.random.randint(jax.random.key(1), (rows, config.seq_len + 1), 0, config.vocab_size)
+    return stream[:, :-1], stream[:, 1:]
+
+
+def differ(a, b):
+    """The largest difference, over the largest value of b."""
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+# ---- Config
+
+
+def test_exact_counts(mt):
+    """By hand: V·D twice, and a layer's q, k, v, o and three matrices of the MLP."""
+    D, F, V = 1024, 3072, 32768
+    for config, layers, K in ((mt.Config(), 24, 2), (mt.Config.small(), 8, 1)):
+        attention, mlp = layers * (2 * D * 4 * 256 + 2 * D * K * 256), layers * 3 * D * F
+        counts = mt.count_params(config)
+        assert counts == {"embed": V * D, "attn": attention, "mlp": mlp, "lm_head": V * D, "total": sum(
+            (2 * V * D, attention, mlp))}  # fmt: skip
+    assert mt.count_params(mt.Config())["total"] == 369_098_752  # the 369M of the title
+
+
+def test_the_defaults(mt):
+    config = mt.Config()
+    assert (config.n_embd, config.depth, config.mlp_dim, config.n_head, config.kv_heads, config.head_dim) == (
+        1024, 24, 3072, 4, 2, 256,
+    )  # fmt: skip
+    assert (config.vocab_size, config.seq_len, config.learning_rate) == (32768, 2048, 7e-4)
+    assert set(config.windows) == {2048}
+    small = mt.Config.small()
+    assert (small.depth, small.kv_heads, small.tokens_per_step) == (8, 1, 64 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "nearest"),
+    [("n_embd", 1000, "768 or 1024"), ("mlp_dim", 3000, "2816 or 3072"), ("head_dim", 128, "256"),
+     ("vocab_size", 50257, "50176 or 50432"), ("seq_len", 2000, "1792 or 2048")],
+)  # fmt: skip
+def test_dimensions_that_do_not_fill_the_matrix_unit(mt, field, value, nearest):
+    with pytest.raises(mt.InputError, match=rf"^{field}={value}: must be a multiple of 256, .*: {nearest}$"):
+        mt.Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(remat="some"), r"remat='some': must be one of none, minimal, full"),
+        (dict(layers="rolled"), r"layers='rolled': must be unrolled or scanned"),
+        (dict(layers="scanned", window_pattern="SL"), r"layers='scanned': .*window_pattern='SL'"),
+        (dict(loss_chunks=3), r"loss_chunks=3: must divide the 16384 tokens"),
+        (dict(loss_chunks=0), r"loss_chunks=0: must be positive"),
+        (dict(n_layer=0), r"n_layer=0: must be positive"),
+        (dict(n_kv_head=3), r"n_kv_head=3: must divide n_head=4"),
+    ],
+)
+def test_other_mistakes(mt, changes, message):
+    with pytest.raises(mt.InputError, match=message):
+        mt.Config(**changes)
+
+
+# ---- the model
+
+
+def test_forward_is_the_model_described(mt):
+    """Against float64 numpy, one position at a time. As in test_model.py, 1e-5 is a hundred roundings."""
+    config = small_config(mt, n_layer=3)
+    params, (tokens, _) = shaken(mt, config), batch(config)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    T, H = config.seq_len, config.head_dim
+
+    def norm(x):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
+
+    def rope(x):  # [T, n, H]
+        turns = np.arange(T)[:, None] * 10000.0 ** (-2 * np.arange(H // 2) / H)
+        z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * turns)[:, None]
+        return np.concatenate([z.real, z.imag], -1)
+
+    x = norm(p["embed"][np.asarray(tokens[0])])
+    for layer in p["layers"]:
+        h = norm(x)
+        q, k = (rope(norm(np.einsum("td,dnh->tnh", h, layer[name]))) for name in "qk")
+        v = np.einsum("td,dnh->tnh", h, layer["v"])
+        scores = np.einsum("tnh,sh->nts", q, k[:, 0]) / np.sqrt(H)
+        scores = np.where(np.tri(T, dtype=bool), np.exp(scores), 0)
+        y = np.einsum("nts,sh->tnh", scores / scores.sum(-1, keepdims=True), v[:, 0])
+        x = x + np.einsum("tnh,nhd->td", y, layer["o"])
+        h = norm(x)
+        gate, up = h @ layer["gate"], h @ layer["up"]
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["down"]
+    want = 15 * np.tanh(norm(x) @ p["lm_head"] / 15)
+    have = jax.jit(mt.forward)(config, params, tokens)[0]
+    assert want.std() > 0.5
+    np.testing.assert_allclose(have, want, atol=1e-5)
+
+
+def test_loss_at_init_is_ln_v(mt):
+    config = small_config(mt)
+    params, batch_ = mt.init_params(config, jax.random.key(0)), batch(config)
+    for chunks in (1, 4):
+        loss = jax.jit(mt.loss_fn)(config.replace(loss_chunks=chunks), params, *batch_)
+        assert loss == pytest.approx(np.log(config.vocab_size), rel=1e-3)
+
+
+def loss_and_grads(mt, config, params):
+    weights = mt.cast_weights(config, params)
+    return jax.jit(jax.value_and_grad(mt.loss_fn, 1), static_argnums=())(config, weights, *batch(config))
+
+
+@pytest.mark.parametrize("impl", ["einsum", "fused"])
+@pytest.mark.parametrize("changes", [dict(remat="minimal"), dict(remat="full"), dict(layers="scanned")])
+def test_what_is_remembered_changes_nothing(mt, changes, impl):
+    """The loss to the last bit but for scan, whose loop XLA compiles by itself; gradients to float32's rounding."""
+    config = small_config(mt, attn_impl=impl)
+    params = shaken(mt, config)
+    want, want_grads = loss_and_grads(mt, config, params)
+    have, have_grads = loss_and_grads(mt, config.replace(**changes), params)
+    assert have == want if "remat" in changes else abs(have - want) < 1e-6 * want
+    for a, b in zip(jax.tree.leaves(have_grads), jax.tree.leaves(want_grads), strict=True):
+        assert a.dtype == b.dtype and differ(a, b) < 1e-5
+
+
+def test_what_a_policy_keeps(mt):
+    """What a layer more leaves between forward and backward, in numbers a token, without its weights: full keeps the
+    residual stream, minimal q, k, v, gate, up and what attention gives as well, none what autodiff asks for."""
+
+    def kept(**changes):
+        config = small_config(mt, attn_impl="fused", **changes)
+        params, (tokens, _) = mt.init_params(config, jax.random.key(0)), batch(config)
+        rest = jax.eval_shape(lambda p: jax.vjp(lambda p: mt.hidden(config, p, tokens), p)[1], params)
+        counts = mt.count_params(config)
+        return sum(x.size for x in jax.tree.leaves(rest)) - counts["attn"] - counts["mlp"]
+
+    layer = {remat: (kept(remat=remat, n_layer=4) - kept(remat=remat, n_layer=3)) / 256 for remat in mt.REMATS}
+    D, F, NH, KH = 256, 256, 512, 256
+    assert D <= layer["full"] < 1.01 * D
+    assert layer["minimal"] == pytest.approx(D + NH + 2 * KH + 2 * F + NH + 2, rel=0.01)
+    assert layer["none"] > 1.5 * layer["minimal"]
+
+
+# ---- the loss in chunks
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)])
+def test_chunked_loss(mt, chunks, dtype, tolerance):
+    """Loss and gradients are the plain ones: to 1e-5 in float32, and in bfloat16 to three roundings of 2^-9 each, of
+    the gradient of the logits, of the result, and of its product with what comes from above. The loss itself is a
+    float32 sum of the same terms in both."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, head = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, ((256, 64), (64, 512))))
+    head, targets = head / 4, jax.random.randint(keys[2], (256,), 0, 512)
+
+    def plain(x, head):
+        return 3 * jnp.mean(mt.softcap_losses(x, head, targets, 15.0))
+
+    def chunked(x, head):
+        return 3 * mt.chunked_mean_loss(x, head, targets, 15.0, chunks)
+
+    want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(x, head)
+    have, have_grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(x, head)
+    assert abs(have - want) < 1e-6 * want and abs(jax.jit(chunked)(x, head) - want) < 1e-6 * want
+    for a, b in zip(have_grads, want_grads, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and differ(a, b) < tolerance
+
+
+def test_chunks_keep_no_logits(mt):
+    """Between forward and backward there are the two gradients, and nothing as long as the tokens times V."""
+    x, head = jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16)
+    targets = jnp.zeros(1024, jnp.int32)
+    kept = jax.eval_shape(lambda x, w: jax.vjp(lambda *a: mt.chunked_mean_loss(*a, targets, 15.0, 8), x, w)[1], x, head)
+    assert sorted(leaf.size for leaf in jax.tree.leaves(kept) if leaf.size > 1) == [1024 * 64, 64 * 4096]
+
+
+def test_a_model_trains_in_chunks_and_in_parts(mt):
+    """Four steps with everything on: the losses of the plain choice, to float32's rounding."""
+    plain = small_config(mt, learning_rate=0.01, device_batch_size=2)
+    other = plain.replace(
+        loss_chunks=4, remat="minimal", layers="scanned", device_batch_size=1, total_batch_size=2 * 256
+    )
+    losses = []
+    for config in (plain, other):
+        state, found = mt.init_train_state(config), []
+        for _ in range(4):
+            state, metrics = mt.train_step(config, state, *batch(config))
+            found.append(float(metrics["loss"]))
+        losses.append(found)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+
+
+# ---- as a script
+
+
+def test_the_script_trains_resumes_and_refuses(tmp_path):
+    """A few steps of the demo from the command line; the same again goes on where it was told to stop."""
+    command = [sys.executable, str(ROOT / "04_maxtext.py"), "--mlp_dim=256", "--n_layer=1", "--device_batch_size=2"]
+    command += ["--eval_interval=0", "--sample_interval=0", "--save_interval=2", "--eval_tokens=1024"]
+    command += ["--final_eval_tokens=1024", "--log_interval=1", "--run_dir=run", "--num_iterations=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"model +2\.\dM parameters \(embed 1\.0, attn 0\.3, mlp 0\.2, lm_head 1\.0\)", done.stdout)
+    assert (tmp_path / "run" / "loss.png").exists()
+    wrong = subprocess.run([*command, "--n_embd=300"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2 and "n_embd=300: must be a multiple of 256" in wrong.stderr

@@ -2512,6 +2512,24 @@ def read_program(text):
     return found, entry
 
 
+def bytes_read(program, body, index, size):
+    """Of a fusion's parameter of `size` bytes, those that its body reads: the rows of a gather, the slices, none of
+    what it updates in place. Bitcasts are the same bytes, and fusions inside are followed."""
+    names = {x.name for x in body if x.opcode == "parameter" and x.rest.startswith(f"{index})")}
+    for x in body:
+        names |= {x.name} if x.opcode == "bitcast" and x.operands[0] in names else set()
+    total = 0
+    for x in (x for x in body if x.name not in names and names.intersection(x.operands)):
+        if x.opcode == "fusion":
+            inner = program[re.search(r"calls=%([^\s,]+)", x.rest)[1]]
+            total += sum(bytes_read(program, inner, i, size) for i, name in enumerate(x.operands) if name in names)
+        elif x.operands[0] not in names or x.opcode not in ("gather", "dynamic-slice", "dynamic-update-slice"):
+            return size
+        elif x.opcode != "dynamic-update-slice":
+            total += hbm_bytes(re.sub(r"S\(\d\)", "", x.shape))
+    return min(size, total)
+
+
 def traffic(program, shapes, instruction):
     """Bytes that an instruction reads from HBM and writes to it: of a table that it only gathers rows from, the rows;
     of an array that it updates in place, the update."""
@@ -2519,16 +2537,11 @@ def traffic(program, shapes, instruction):
     result = hbm_bytes(instruction.shape)
     if called := re.search(r"calls=%([^\s,]+)", instruction.rest):
         body = program[called[1]]
+        sizes = [bytes_read(program, body, i, size) if size else 0 for i, size in enumerate(sizes)]
         inner = {x.name: x.shape for x in body}
-        for parameter in (x for x in body if x.opcode == "parameter"):
-            i, users = int(parameter.rest.split(")")[0]), [x for x in body if parameter.name in x.operands]
-            if not users or not sizes[i] or any(x.operands[0] != parameter.name for x in users):
-                continue
-            if all(x.opcode in ("gather", "dynamic-slice") for x in users):
-                sizes[i] = min(sizes[i], sum(hbm_bytes(re.sub(r"S\(\d\)", "", x.shape)) for x in users))
-            if all(x.opcode == "dynamic-update-slice" for x in users):
-                result = min(result, sum(hbm_bytes(inner[x.operands[1]]) for x in users))
-                sizes[i] = 0
+        for x in body:
+            if x.opcode == "dynamic-update-slice" and hbm_bytes(x.shape) <= result:
+                result += hbm_bytes(inner[x.operands[1]]) - hbm_bytes(x.shape)
     return sum(sizes) + result
 
 

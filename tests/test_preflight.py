@@ -203,6 +203,43 @@ def test_traffic(ops):
     assert ops["small"].traffic == 64 * 128 * 4 + 128 * 4
 
 
+NESTED = """\
+HloModule jit_step
+
+%slices (stack: f32[24,64,128], at: s32[]) -> f32[64,128] {
+  %stack = f32[24,64,128]{2,1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %slice = f32[1,64,128]{2,1,0} dynamic-slice(%stack, %at.1, %at.1, %at.1), dynamic_slice_sizes={1,64,128}
+  ROOT %flat = f32[64,128]{1,0} bitcast(%slice)
+}
+
+%fused_layer (out: f32[24,64,128], saved: f32[24,64,128], at: s32[]) -> f32[24,64,128] {
+  %out = f32[24,64,128]{2,1,0} parameter(0)
+  %saved = f32[24,64,128]{2,1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %same = f32[24,64,128]{2,1,0} bitcast(%saved)
+  %one = f32[64,128]{1,0} fusion(%same, %at), kind=kLoop, calls=%slices
+  %row = f32[1,64,128]{2,1,0} bitcast(%one)
+  ROOT %update = f32[24,64,128]{2,1,0} dynamic-update-slice(%out, %row, %at, %at, %at)
+}
+
+ENTRY %main (p0: f32[24,64,128], p1: f32[24,64,128], p2: s32[]) -> f32[24,64,128] {
+  %p0 = f32[24,64,128]{2,1,0} parameter(0)
+  %p1 = f32[24,64,128]{2,1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %layer = f32[24,64,128]{2,1,0} fusion(%p0, %p1, %p2), kind=kLoop, calls=%fused_layer
+}
+"""
+
+
+def test_traffic_of_a_scanned_layer(nb):
+    """One slice of 24 is read, in a fusion inside the fusion and behind bitcasts, and one is written."""
+    (op,) = nb.schedule(NESTED)
+    assert op.traffic == 2 * 64 * 128 * 4 + 4
+    (op,) = nb.schedule(NESTED.replace("fusion(%same, %at)", "fusion(%same, %same)"))  # now it reads all as an index
+    assert op.traffic == 24 * 64 * 128 * 4 + 64 * 128 * 4 + 4
+
+
 def test_a_longer_known_trip_count_wins(nb):
     text = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
     assert {op.name: op.times for op in nb.schedule(text)}["small"] == 9
@@ -261,6 +298,48 @@ def test_a_kernel_that_cannot_be_counted_is_named(nb):
     assert ("attention kernel", "forward") in parts and all(seconds >= 0 for seconds in parts.values())
     parts, unknown = nb.estimate(PROGRAM.replace("%kernel", "%splash_mha_fwd_residuals.1"), "v6e", [2048, 1024])
     assert unknown == []
+
+
+SCHEDULE = [(0, "before")] + [(1, "loop")] * 30 + [(1, "sbr.rel (%p1) target = $region9")]
+SCHEDULE += [(1, "body")] * 100 + [(1, "sbr.rel (%p2) target = $region5")] + [(1, "once")] * 40
+SCHEDULE += [(1, "End region 5")] + [(1, "body")] * 60 + [(1, "End region 9"), (1, "loop"), (0, "after")]
+
+
+def test_cycles_of_a_program(nb):
+    """All bundles in the grid's loop; what the first of four query heads does for all of them counts a quarter."""
+    assert nb.branches(SCHEDULE) == [(32, 203), (133, 41)]
+    inside = sum(depth for depth, _ in SCHEDULE)
+    assert nb.program_cycles(SCHEDULE, 1) == inside
+    assert nb.program_cycles(SCHEDULE, 4) == inside - 41 * 3 / 4
+
+
+def test_bundles_of_a_schedule(nb, tmp_path):
+    """One a line, with the depth of its loop; what goes on in the next line belongs to it."""
+    (tmp_path / "bundles").write_text(
+        "// a comment\n     0x0   :  { %s1 = inlined }\n    0x1 LB: > { %v1 = vadd  ;;\n  %v2 = vmul }\n  0x2   : > > { nop }\n"
+    )
+    found = nb.bundles(tmp_path / "bundles")
+    assert [depth for depth, _ in found] == [0, 1, 2]
+    assert "vadd" in found[1][1] and "vmul" in found[1][1]
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is for Linux on x86_64")
+def test_seconds_of_fused_attention(nb):
+    """From the schedules of the real kernels: backward costs more than forward, two query heads more than one; none
+    where the model uses another kernel. 256 tokens of a head of 128 take some thousand cycles."""
+    config = nb.Config(n_head=2, n_kv_head=1, seq_len=256, window_pattern="SL", aspect_ratio=128, device_batch_size=4)
+    found = nb.attention_seconds(config, "v6e")
+    forward, backward = "attention_forward_kernel", "attention_backward_kernel"
+    assert set(found) == {(kernel, window) for kernel in (forward, backward) for window in (128, 256)}
+    assert 1.3 * found[forward, 256] < found[backward, 256] < 4 * found[forward, 256]
+    cycles = found[forward, 256] / (4 * 2) * 1.75e9
+    assert 500 < cycles < 2000
+    assert nb.attention_seconds(config.replace(attn_impl="splash"), "v6e") == {}
+    op = nb.Op("attention_forward_kernel.3", "custom-call", "jvp(layer_01)/attn", 1, 0, 0.0, 0.0, [], "tpu_custom_call")
+    assert nb.kernel_seconds(op, "v6e", config.windows, found) == found[forward, 256]
+    assert nb.kernel_seconds(op._replace(scope="jvp(layer_00)"), "v6e", config.windows, found) == found[forward, 128]
+    assert nb.kernel_seconds(op, "v6e", config.windows, {}) is None
+    assert nb.component(op) == ("attention kernel", "forward")
 
 
 def test_reasons(nb):

@@ -1549,8 +1549,8 @@ def mlp(layer, x):
 # | `--loss_chunks 8` | 79.9 | 204,984 | 51.7% | 12.95 GiB | 79 s |
 # | `--remat minimal` | 83.0 | 197,286 | 49.8% | 13.29 GiB | 79 s |
 # | `--remat full` | 98.0 | 167,167 | 42.2% | 6.54 GiB | 120 s |
-# | `--layers scanned` | 369.3 | 44,363 | 11.2% | 27.13 GiB | 64 s |
-# | `--layers scanned --remat minimal --loss_chunks 8` | 133.5 | 122,703 | 30.9% | 13.62 GiB | 52 s |
+# | `--layers scanned` | 252.8 | 64,818 | 16.3% | 27.13 GiB | 55 s |
+# | `--layers scanned --remat minimal --loss_chunks 8` | 129.0 | 127,017 | 32.0% | 13.62 GiB | 61 s |
 #
 # So on one chip the habits of the big trainers do not pay at this size, and the defaults are without them. `minimal`
 # keeps almost as much as `none`, because unrolled XLA already computes cheap things again, and the barriers that hold a

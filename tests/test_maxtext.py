@@ -237,8 +237,8 @@ def test_a_model_trains_in_chunks_and_in_parts(mt):
 # ---- as a script
 
 
-def test_the_script_trains_resumes_and_refuses(tmp_path):
-    """A few steps of the demo from the command line; the same again goes on where it was told to stop."""
+def test_the_script_trains_and_refuses(tmp_path):
+    """A few steps of the demo from the command line, and a dimension that does not fit."""
     command = [sys.executable, str(ROOT / "04_maxtext.py"), "--mlp_dim=256", "--n_layer=1", "--device_batch_size=2"]
     command += ["--eval_interval=0", "--sample_interval=0", "--save_interval=2", "--eval_tokens=1024"]
     command += ["--final_eval_tokens=1024", "--log_interval=1", "--run_dir=run", "--num_iterations=4"]

@@ -80,6 +80,7 @@ import queue
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -227,6 +228,10 @@ class BaseConfig:
     compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
     device_batch_size: int = 4  # sequences per forward and backward pass
     total_batch_size: int = -1  # tokens per optimizer step; -1 = device_batch_size·T, larger accumulates gradients
+    grad_clip: float = 0.0  # the gradient's norm is cut to it; 0 = never, and AdamW can run beside the matmuls
+    nonfinite: str = (
+        "stop"  # a loss or gradient that is no number: stop, or skip the step, which costs what clipping does
+    )
 
     # Free: optimization, traced scalars on the device
     learning_rate: float = free(3e-4)
@@ -251,6 +256,8 @@ class BaseConfig:
     eval_interval: int = free(500)
     sample_interval: int = free(2000)
     save_interval: int = free(5000)
+    keep_checkpoints: int = free(2)  # the newest ones; the best is kept as well
+    backup: str = free("")  # where each checkpoint is copied: a folder, such as a mounted Drive, or 'hub' = hf_repo_id
     profile_steps: int = free(3)  # steps in the middle of the run that are traced for XProf
     eval_tokens: int = free(524_288)  # validation tokens of a periodic evaluation
     final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
@@ -276,6 +283,12 @@ class BaseConfig:
         for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
             value = getattr(self, name)
             require(value == -1 or value > 0, name, value, "must be positive, or -1 for the default rule")
+        require(self.keep_checkpoints > 0, "keep_checkpoints", self.keep_checkpoints, "must be positive")
+        require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "must be positive, or 0 for no clipping")
+        require(self.nonfinite in ("stop", "skip"), "nonfinite", self.nonfinite, "must be stop or skip")
+        require(
+            self.backup != "hub" or self.hf_repo_id, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own"
+        )
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         for name in ("weight_decay", "warmup_ratio", "warmdown_ratio", "final_lr_frac"):
@@ -1807,6 +1820,9 @@ def init_train_state(config):
 # The weights are cast to bfloat16 once, before the microbatches. Each microbatch's gradient is added in float32. The
 # state is donated, so parameters and moments are updated in place. The function below *is* the compiled one:
 # `train_step.lower(...)` gives its program, for a chip that need not be here.
+#
+# Clipping and skipping are off by default, and not for free: both need the norm of the whole gradient before the first
+# weight is updated. Without them XLA updates a weight in the matmul that makes its gradient.
 
 
 # %% Train step tags=["shared"]
@@ -1838,9 +1854,14 @@ def train_step(config, state, tokens, targets):
     weights = cast_weights(config, state.params)
     loss, grads = loss_and_grads(config, weights, tokens, targets)
     with jax.named_scope("optimizer"):
-        learning_rate = scheduled_lr(state.hyper, state.step)
-        params, mu, nu = adamw(state.hyper, state, grads, learning_rate)
-        metrics = {"loss": loss, "grad_norm": global_norm(grads), "learning_rate": learning_rate}
+        norm, learning_rate = global_norm(grads), scheduled_lr(state.hyper, state.step)
+        if config.grad_clip:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1, config.grad_clip / norm), grads)
+        params, mu, nu = new = adamw(state.hyper, state, grads, learning_rate)
+        if config.nonfinite == "skip":
+            fine, old = jnp.isfinite(loss) & jnp.isfinite(norm), (state.params, state.mu, state.nu)
+            params, mu, nu = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
+        metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
     return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
 
 
@@ -1989,59 +2010,101 @@ def generate(config, params, tokenizer, prompt, *, max_new_tokens=128, temperatu
 # %% [markdown]
 # ## Checkpoints
 #
-# A checkpoint is a folder: `state.safetensors` (parameters and moments by name) and `meta.json` (Config, step, the
-# loader's position). It is written under a temporary name, flushed to disk and renamed, so a folder named `step_…` is
-# whole. Only arrays and JSON are ever read back.
+# Colab takes the machine away without asking. A checkpoint is a folder: `state.safetensors` (parameters and moments by
+# name), `meta.json` (Config, step, the loader's position, size and SHA-256 of the files) and the metrics so far. It is
+# written under a temporary name, flushed to disk and renamed; one that is damaged all the same is named and passed
+# over. Only arrays and JSON are ever read back, so no checkpoint can run code.
+
 
 # %% Checkpoints tags=["shared"]
-KEEP_CHECKPOINTS = 2
-
-
 def named_arrays(state):
     """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
     leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def save_checkpoint(run_dir, config, state, **meta):
-    """Writes run_dir/checkpoints/step_N, atomically, and drops all but the newest two. Returns its path.
+def host_arrays(state):
+    """named_arrays as numpy's own: the next step may take the device's bytes."""
+    return {name: np.array(x) for name, x in jax.device_get(named_arrays(state)).items()}
 
-    `meta`: whatever else a resumed run needs, as JSON: the loader's position.
+
+def file_facts(path):
+    """{'bytes', 'sha256'} of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def flush_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(run_dir, config, state, **meta):
+    """Writes run_dir/checkpoints/step_N, atomically, and drops the old ones. Returns its path.
+
+    `meta`: whatever else a resumed run needs, as JSON: the loader's position. Where `val_loss` is in it, the checkpoint
+    with the lowest is kept. InputError if it cannot be written; the checkpoints before it are untouched.
     """
+    return write_checkpoint(run_dir, config, host_arrays(state), meta)
+
+
+def write_checkpoint(run_dir, config, arrays, meta):
+    """save_checkpoint of arrays that are on the host already."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    step = int(state.step)
+    step = int(arrays["step"])
     final = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({name: np.asarray(x) for name, x in named_arrays(state).items()}, temporary / "state.safetensors")
-        meta = {"step": step, "config": dataclasses.asdict(config), **meta}
+        save_file(arrays, temporary / "state.safetensors")
+        if (Path(run_dir) / "metrics.jsonl").exists():
+            shutil.copyfile(Path(run_dir) / "metrics.jsonl", temporary / "metrics.jsonl")
+        files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
+        meta = {"step": step, "config": dataclasses.asdict(config), **meta, "files": files}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         for path in [*temporary.iterdir(), temporary]:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
+        flush_to_disk(final.parent)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
-    for old in list_checkpoints(run_dir)[:-KEEP_CHECKPOINTS]:
-        shutil.rmtree(old)
+    drop_old_checkpoints(final.parent, config.keep_checkpoints)
     return final
 
 
 def list_checkpoints(run_dir):
-    """The whole checkpoints of a run folder, oldest first."""
-    return sorted(Path(run_dir).glob("checkpoints/step_*"))
+    """The checkpoints of a run folder, oldest first."""
+    return sorted(path for path in Path(run_dir).glob("checkpoints/step_*") if path.name[5:].isdigit())
 
 
+def drop_old_checkpoints(folder, keep):
+    """Leaves the newest `keep`, and the one with the lowest val_loss; and nothing that a killed process left behind."""
+    found, losses = list_checkpoints(folder.parent), {}
+    for path in found:
+        with contextlib.suppress(OSError, ValueError):
+            losses[path] = json.loads((path / "meta.json").read_text()).get("val_loss")
+    best = min((path for path in losses if losses[path]), key=losses.get, default=None)
+    for path in [path for path in found[:-keep] if path != best]:
+        os.replace(path, path.with_name(f".{path.name}.tmp"))  # or a kill now would leave a part of it
+    for rest in folder.glob(".*.tmp"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+# %% Load a checkpoint tags=["shared"]
 # How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
-RUNTIME_FIELDS = ("attn_impl", "splash_block_size", "compute_dtype", "device_batch_size", "total_batch_size")
+RUNTIME_FIELDS = (
+    "attn_impl", "splash_block_size", "compute_dtype", "device_batch_size", "total_batch_size", "grad_clip",
+    "nonfinite",
+)  # fmt: skip
 
 
 def differences(saved, config, ignore):
@@ -2049,6 +2112,37 @@ def differences(saved, config, ignore):
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     changed = [name for name in values if name not in ignore and saved.get(name) != values[name]]
     return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
+
+
+def read_meta(path):
+    """meta.json of a checkpoint whose files are what it says they are, else ValueError or OSError."""
+    meta = json.loads((path / "meta.json").read_text())
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.get("files"), dict)
+        or "state.safetensors" not in meta["files"]
+    ):
+        raise ValueError("meta.json is not that of a checkpoint")
+    if meta.get("step") != int(path.name.removeprefix("step_")):
+        raise ValueError(f"meta.json says step {meta.get('step')!r}")
+    for name, facts in meta["files"].items():
+        if name not in ("state.safetensors", "metrics.jsonl"):
+            raise ValueError(f"meta.json names a file {name!r}, which no checkpoint has")
+        found = file_facts(path / name)
+        if found != facts:
+            what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
+            raise ValueError(f"{name} is damaged: its {what} is {found[what]}, not {facts.get(what)}")
+    return meta
+
+
+def newest_checkpoint(run_dir):
+    """(path, meta) of the newest whole checkpoint of a run folder, or None; says which damaged ones it passes over."""
+    for path in reversed(list_checkpoints(run_dir)):
+        try:
+            return path, read_meta(path)
+        except (OSError, ValueError, AttributeError) as error:
+            print(f"checkpoint {path} is not whole and is passed over: {error}", flush=True)
+    return None
 
 
 def load_checkpoint(path, config):
@@ -2066,7 +2160,7 @@ def load_checkpoint(path, config):
     }
     free_fields = [field.name for field in dataclasses.fields(config) if not field.compare]
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_meta(path)
         changed = differences(meta["config"], config, ignore=(*free_fields, *RUNTIME_FIELDS))
         if changed:
             raise InputError(f"checkpoint {path} is of another Config: {changed}")
@@ -2084,6 +2178,146 @@ def load_checkpoint(path, config):
 
 
 # %% [markdown]
+# ### Off the machine
+#
+# What is on the disk of a Colab runtime is gone with it. `backup` names a second place for each checkpoint: a folder,
+# such as a mounted Drive, or your own Hub repo. The copy is made in the background and tried again; if it fails, that
+# is said, and training goes on. A new runtime that starts the same run finds the newest there and goes on from it.
+
+# %% Backup tags=["shared"]
+BACKUP_PAUSES = 1, 10, 60  # seconds before a copy is tried again
+
+
+def copy_checkpoint(source, target):
+    """Copies the files of a checkpoint to the folder `target`, which is there as a whole or not at all."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in ("meta.json", *json.loads((source / "meta.json").read_text())["files"]):
+        shutil.copyfile(source / name, temporary / name)
+        flush_to_disk(temporary / name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def hub_folder(run):
+    """Where the checkpoint of a run lies in the Hub repo: one, always the newest."""
+    return f"checkpoints/{run.name}"
+
+
+def back_up(config, run, path):
+    """Copies the checkpoint `path` to config.backup, once. Exceptions of the file system or the Hub pass through."""
+    if config.backup != "hub":
+        target = Path(config.backup) / run.name / "checkpoints" / path.name
+        copy_checkpoint(path, target)
+        drop_old_checkpoints(target.parent, config.keep_checkpoints)
+        return
+    from huggingface_hub import HfApi
+
+    HfApi(token=hub_token()).upload_folder(  # one commit: whoever looks sees a whole checkpoint
+        repo_id=config.hf_repo_id, folder_path=path, path_in_repo=hub_folder(run), commit_message=path.name
+    )
+
+
+def open_backup(config):
+    """InputError, before any work is done, if no checkpoint could be copied to config.backup."""
+    if config.backup == "hub":
+        from huggingface_hub import HfApi
+
+        require(hub_token(), "backup", "hub", "needs the secret or environment variable HF_TOKEN, with write access")
+        create = functools.partial(HfApi(token=hub_token()).create_repo, private=True, exist_ok=True)
+        ask_hub("the backups", config.hf_repo_id, "model", lambda: create(config.hf_repo_id), attempts=3)
+    elif config.backup:
+        try:
+            Path(config.backup).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.backup).close()
+        except OSError as error:
+            raise InputError(f"backup={config.backup!r}: cannot write there: {error}") from error
+
+
+def fetch_backup(config, run, folder):
+    """Brings the checkpoint of this run from the Hub into folder/checkpoints, if there is one."""
+    try:
+        meta = hub_download(config.hf_repo_id, f"{hub_folder(run)}/meta.json", "model")
+    except MissingFileError:
+        return
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # without a number no checkpoint is made, nor found
+        copy = Path(folder) / "checkpoints" / f"step_{int(json.loads(meta.read_text())['step']):08d}"
+        copy.mkdir(parents=True)
+        shutil.copyfile(meta, copy / "meta.json")
+        for name in ("state.safetensors", "metrics.jsonl"):
+            shutil.copyfile(hub_download(config.hf_repo_id, f"{hub_folder(run)}/{name}", "model"), copy / name)
+
+
+def restore_backup(config, run):
+    """Brings the newest whole checkpoint of this run from config.backup, if it has one, into the empty folder `run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        if config.backup == "hub":
+            fetch_backup(config, run, folder)
+        found = newest_checkpoint(folder if config.backup == "hub" else Path(config.backup) / run.name)
+        if not found:
+            return
+        path, meta = found
+        print(f"going on from the backup of {path.name} in {config.backup}", flush=True)
+        copy_checkpoint(path, run / "checkpoints" / path.name)
+    if "metrics.jsonl" in meta["files"]:
+        shutil.copyfile(run / "checkpoints" / path.name / "metrics.jsonl", run / "metrics.jsonl")
+    (run / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+
+
+# %% Checkpointer tags=["shared"]
+class Checkpointer:
+    """Writes checkpoints beside the training and copies them to config.backup, the newest first.
+
+    save() waits for the copy of the state to host memory, and for the checkpoint before to be written, not for the
+    disk. An error of the disk is raised by the next save(), check() or close(); one of a backup is only said.
+    """
+
+    def __init__(self, config, run, say=print):
+        self.config, self.run, self.say = config, run, say
+        self.writing = self.copying = self.newest = None
+
+    def save(self, state, **meta):
+        if self.writing:
+            self.writing.result()
+        arrays = host_arrays(state)
+        self.writing = in_background(lambda: self._write(arrays, meta))
+
+    def check(self):
+        """Raises what went wrong with a checkpoint, as soon as it is known."""
+        if self.writing and self.writing.done():
+            self.writing.result()
+
+    def _write(self, arrays, meta):
+        self.newest = write_checkpoint(self.run, self.config, arrays, meta)
+        if self.config.backup and (self.copying is None or self.copying.done()):
+            self.copying = in_background(self._copy)
+
+    def _copy(self):
+        copied = None
+        while copied != self.newest:  # what was written meanwhile
+            path = self.newest
+            for pause in (*BACKUP_PAUSES, None):
+                try:
+                    back_up(self.config, self.run, path)
+                    break
+                except Exception as error:  # of any file system, HTTP library or Hub: a backup never stops training
+                    reason = explain(error, self.config.hf_repo_id, "model")[0]
+                    again = f"again in {pause} s" if pause else "training goes on; the next checkpoint will try again"
+                    self.say(f"backup of {path.name} to {self.config.backup} failed: {reason}; {again}")
+                    if pause:
+                        time.sleep(pause)
+            copied = path
+
+    def close(self):
+        """Waits for what is being written and copied."""
+        if self.writing:
+            self.writing.result()
+        if self.copying:
+            self.copying.result()
+
+
+# %% [markdown]
 # ## The run folder
 #
 # Everything that a run leaves behind is in one folder: `config.json`, `metrics.jsonl` (one object a line),
@@ -2092,23 +2326,27 @@ def load_checkpoint(path, config):
 # overwritten. (A run that died before its first checkpoint has nothing to go on from: it, too, gets a new folder.)
 
 # %% Run folder tags=["shared"]
-# These do not change what is learned: a run may be resumed with other values of them.
+# These do not change what is learned, but for the last two, which may save a run: it may be resumed with other values.
 HOST_FIELDS = (
     "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
-    "sample_interval", "save_interval", "profile_steps", "eval_tokens", "final_eval_tokens",
+    "sample_interval", "save_interval", "profile_steps", "eval_tokens", "final_eval_tokens", "keep_checkpoints",
+    "backup", "grad_clip", "nonfinite",
 )  # fmt: skip
 
 
 def open_run(config):
     """(run folder, checkpoint to resume from or None): config.run_dir, or the first of run_dir-2, -3, … that is free.
 
-    A folder with an unfinished run of the same Config is resumed. InputError if its Config is another one, naming the
-    fields, or if the folder cannot be written or holds something else.
+    A folder with an unfinished run of the same Config is resumed, an empty one from its backup if there is one.
+    InputError if its Config is another one, naming the fields, or if the folder cannot be written or holds something
+    else.
     """
     for number in itertools.count(1):
         run = Path(config.run_dir if number == 1 else f"{config.run_dir}-{number}")
         try:
             run.mkdir(parents=True, exist_ok=True)
+            if config.resume == "auto" and config.backup and not any(run.iterdir()):
+                restore_backup(config, run)
             if not any(run.iterdir()):
                 (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
                 return run, None
@@ -2116,13 +2354,12 @@ def open_run(config):
                 raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
             saved = json.loads((run / "config.json").read_text())
             (run / "metrics.jsonl").open("a").close()
-            checkpoints = list_checkpoints(run)
-            finished = checkpoints and json.loads((checkpoints[-1] / "meta.json").read_text()).get("finished")
+            newest = newest_checkpoint(run)
         except (OSError, json.JSONDecodeError) as error:
             raise InputError(
                 f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name a folder that can be written"
             ) from error
-        if config.resume == "never" or finished or not checkpoints:
+        if config.resume == "never" or not newest or newest[1].get("finished"):
             continue
         changed = differences(saved, config, ignore=HOST_FIELDS)
         if changed:
@@ -2130,7 +2367,7 @@ def open_run(config):
                 f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
                 "name another run_dir, or set resume='never' to start in a new folder"
             )
-        return run, checkpoints[-1]
+        return run, newest[0]
 
 
 def read_metrics(run):
@@ -2221,6 +2458,17 @@ def show_rates(tokens_per_second, mfu):
 
 
 # %% Run log tags=["shared"]
+def cut_samples(path, step):
+    """Drops from samples.txt what a run that goes on from `step` will write again."""
+    if path.exists():
+        parts = re.split(r"(?m)^(?=--- step \d+$)", path.read_text())
+        path.write_text("".join(part for part in parts[1:] if int(part.split()[2]) <= step))
+
+
+class Diverged(InputError):
+    """The loss or the gradient of a step is not a finite number."""
+
+
 class RunLog:
     """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
 
@@ -2228,12 +2476,14 @@ class RunLog:
         from tensorboard.summary import DirectoryOutput, Writer
 
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
+        self.skips = config.nonfinite == "skip"
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         lines = [line.rstrip() for line in lines if line.endswith("\n")]  # the last line may have been cut short
         kept = [line for line in lines if (row := json.loads(line))["step"] < step + ("val_loss" in row)]
         path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
         self.file = path.open("a", buffering=1)
+        cut_samples(run / "samples.txt", step)
         self.tensorboard = Writer(DirectoryOutput(str(run)))
         self.live = someone_watches()
         self.bar = tqdm(
@@ -2241,7 +2491,8 @@ class RunLog:
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
         self.meter = Meter(config)
-        self.unread = collections.deque()  # (step, metrics on the device)
+        self.unread = collections.deque()  # (step, metrics on the device, where its batch is from), of every step
+        self.due = 0  # how many of them are to be read the next time
         self.last = {}
 
     def write(self, step, **values):
@@ -2255,27 +2506,52 @@ class RunLog:
         tqdm.write(text)
         sys.stdout.flush()
 
-    def train_step(self, step, metrics):
-        """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before."""
+    def train_step(self, step, metrics, batch=""):
+        """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before.
+
+        `batch`: the words for its documents, should its loss not be a number: Diverged is raised then, or it is said.
+        """
         self.done = step + 1
         self.bar.update()
-        if due(step, self.interval):
-            self.unread.append((step, metrics))
-            self._read(leave=1)
+        self.unread.append((step, metrics, batch))
+        if due(step, self.interval or 100):
+            self._read(self.due)
+            self.due = len(self.unread)
 
-    def _read(self, leave):
-        while len(self.unread) > leave:
-            step, metrics = self.unread.popleft()
+    def _read(self, count):
+        entries = [self.unread.popleft() for _ in range(count)]
+        values = jax.device_get([metrics for _, metrics, _ in entries])
+        bad = 0
+        for (step, _, batch), metrics in zip(entries, values, strict=True):
             metrics = {name: float(x) for name, x in metrics.items()}
-            rates = self.meter.seen(step + 1)
-            self.last = {**metrics, **rates}
-            self.write(step, **self.last)
-            if rates["tokens_per_second"]:
-                left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
-                line = f"loss {metrics['loss']:.3f}, {show_rates(**rates)}, {left} left"
-                self.bar.set_postfix_str(line, refresh=False)
-                if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
-                    self.say(f"{self.at(step)}  {line}")
+            if not math.isfinite(sum(metrics.values())):
+                bad += 1
+                self._not_finite(step, metrics, batch, stop=not self.skips or bad == len(entries) > 1)
+            elif due(step, self.interval):
+                self._show(step, metrics)
+        self.due = 0
+
+    def _not_finite(self, step, metrics, batch, stop):
+        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, on {batch}"
+        if not stop:
+            self.say(f"{what}: skipped")
+            return
+        checkpoints = list_checkpoints(self.run)
+        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise Diverged(
+            f"{what}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
+        )
+
+    def _show(self, step, metrics):
+        rates = self.meter.seen(step + 1)
+        self.last = {**metrics, **rates}
+        self.write(step, **self.last)
+        if rates["tokens_per_second"]:
+            left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
+            line = f"loss {metrics['loss']:.3f}, {show_rates(**rates)}, {left} left"
+            self.bar.set_postfix_str(line, refresh=False)
+            if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
+                self.say(f"{self.at(step)}  {line}")
 
     def at(self, step):
         return f"step {step:>{len(str(self.total))}}/{self.total}"
@@ -2283,7 +2559,7 @@ class RunLog:
     @contextlib.contextmanager
     def paused(self, state):
         """Waits for the device to finish its steps; what happens inside is not counted as training time."""
-        self._read(leave=0)
+        self._read(len(self.unread))
         jax.block_until_ready(state.step)
         self.meter.seen(self.done)
         yield
@@ -2937,8 +3213,37 @@ def trace_options():
     return options
 
 
+@contextlib.contextmanager
+def stop_requests():
+    """Yields a list to which SIGTERM and SIGINT (Ctrl-C, or a notebook's stop button) add their names, in place of what
+    they do elsewhere. A second SIGINT interrupts at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe_batch(start, stop):
+    """The documents between two positions of the loader, in words."""
+    where = f"document {start.row} (from token {start.offset}) of training shard {start.shard}"
+    return f"{where} to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
+
+
 def train(config):
-    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics."""
+    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics.
+
+    SIGTERM and KeyboardInterrupt end it after the step that runs, with a checkpoint; `stopped` names the signal then.
+    """
     started = time.perf_counter()
     shards, fetch_validation = list_shards(config)
     announce_downloads(config, [*shards, fetch_validation])
@@ -2946,6 +3251,7 @@ def train(config):
         check_shard(fetch())
     tokenizer = find_tokenizer(config, shards[0]())
     validation = in_background(lambda: check_shard(fetch_validation()))
+    open_backup(config)
     run, checkpoint = open_run(config)
     if checkpoint:
         state, meta = load_checkpoint(checkpoint, config)
@@ -2954,31 +3260,35 @@ def train(config):
     first, total = meta["step"], config.total_steps
     describe_run(config, run, first)
 
-    batches = None
+    batches, result, best = None, {"loss": None, "bpb": None}, meta.get("best")
     traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
             loader.load_state_dict(meta["loader"])
         log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
         trace = stack.enter_context(contextlib.ExitStack())
+        asked = stack.enter_context(stop_requests())
         for step in range(first, total):
             if traced and step == traced.start:
                 with log.paused(state):
                     trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                place = loader.position
                 tokens, targets = next(loader)
                 state, metrics = train_step(config, state, tokens, targets)
             if step == first:
                 jax.block_until_ready(state.step)
                 seconds, loss = time.perf_counter() - started, float(metrics["loss"])
                 log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
-            log.train_step(step, metrics)
+            log.train_step(step, metrics, describe_batch(place, loader.position))
+            saver.check()
             if traced and step == traced[-1]:
                 with log.paused(state):
                     trace.close()
 
-            done, last = step + 1, step + 1 == total
+            done, last, evaluated = step + 1, step + 1 == total, {}
             if last or due(done, config.eval_interval):
                 with log.paused(state):
                     if last or not batches:  # the last evaluation takes more of the shard
@@ -2988,15 +3298,24 @@ def train(config):
                         batches = validation_batches(config, tokenizer, validation.result(), amount)
                     result = evaluate(config, state.params, batches)
                     log.validation(result)
+                    evaluated = {"val_loss": result["loss"]}
+                    if not best or result["loss"] < best["val_loss"]:
+                        best = {"step": done, "val_loss": result["loss"], "val_bpb": result["bpb"]}
             if last or due(done, config.sample_interval):
                 with log.paused(state):
                     log.samples(generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=48))
-            if last or due(done, config.save_interval):
+            if last or asked or due(done, config.save_interval):
                 with log.paused(state):
-                    save_checkpoint(run, config, state, loader=loader.state_dict(), finished=last)
+                    saver.save(state, loader=loader.state_dict(), finished=last, best=best, **evaluated)
+            if asked:
+                log.say(
+                    f"{asked[0]}: stopped after step {done}; its checkpoint is kept, the same start goes on from it"
+                )
+                break
+        saver.close()
         summary = {
-            "step": total, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
-            "tokens": total * config.tokens_per_step,
+            "step": done, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
+            "best": best, "stopped": asked[0] if asked and not last else "", "tokens": done * config.tokens_per_step,
             **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
             "wait_seconds": loader.wait_seconds, "peak_memory": peak_memory(), "run_dir": str(run),
         }  # fmt: skip
@@ -3020,8 +3339,11 @@ def describe_run(config, run, first):
 def show_summary(summary):
     """Prints what train returned."""
     files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
-    print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
-    print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
+    if summary["stopped"]:
+        print(f"stopped by {summary['stopped']} after {summary['step']:,} steps; start the same again to go on")
+    if summary["val_loss"]:
+        print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
+        print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
     print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
     print(f"time    {format_time(summary['seconds'])} in all, {summary['wait_seconds']:.1f} s waiting for data")
     print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
@@ -3062,6 +3384,8 @@ if chips:
 with one_line_errors():
     summary = train(config)
 show_summary(summary)
+if summary["stopped"] and not IN_NOTEBOOK:
+    raise SystemExit(128 + signal.Signals[summary["stopped"]])
 
 # %% [markdown]
 # **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
@@ -3099,7 +3423,7 @@ shards, fetch_validation = list_shards(config)
 documents = (text for _, text in read_documents(fetch_validation()))
 sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, a part of FineWeb-Edu's
 for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
-    print(f"{name:18}{bpb:.3f} bits per byte")
+    print(f"{name:18}{bpb:.3f} bits per byte" if bpb else f"{name:18}was not evaluated yet")
 
 # %% [markdown]
 # ## Ask it
@@ -3126,3 +3450,16 @@ if "google.colab" in sys.modules:
     notebook.start(f"--logdir {summary['run_dir']}")
 else:
     print(f"tensorboard --logdir {summary['run_dir']}")
+
+# %% [markdown]
+# ## Give the machine back
+#
+# A Colab runtime costs compute units until it is released, also when nothing runs. Tick the box before *Run all* for a
+# long run: when everything above is done, the runtime goes. What is in `backup` stays; what is only on its disk goes.
+
+# %% Release the runtime tags=["run"]
+RELEASE = False  # @param {type:"boolean"}
+if RELEASE and "google.colab" in sys.modules:
+    from google.colab import runtime
+
+    runtime.unassign()

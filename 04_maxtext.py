@@ -83,6 +83,7 @@ import platform
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2589,7 +2590,7 @@ from jax.experimental import topologies
 
 folder, topology, donated = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 step = jax.export.deserialize((folder / "step").read_bytes())
-device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[0]
+device = topologies.get_topology_desc(topology, "tpu", chips_per_host_bounds=(1, 1, 1)).devices[0]
 place = jax.sharding.SingleDeviceSharding(device)
 args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in step.in_avals]
 try:
@@ -2602,8 +2603,8 @@ else:
     (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
     try:
         (folder / "program").write_text(compiled.as_text())
-    except jax.errors.JaxRuntimeError:  # 0.10, the last jax for Python 3.11, with a libtpu of its successors
-        (folder / "error").write_text(f"jax {jax.__version__} cannot read what this libtpu compiles: use a newer jax")
+    except jax.errors.JaxRuntimeError:  # jax 0.10 has failed on what libtpu 0.0.52 compiles
+        (folder / "error").write_text(f"jax {jax.__version__} and this libtpu do not match: pip install 'jax[tpu]'")
 """
 COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
     "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -2630,9 +2631,10 @@ def require_compiler():
     system = f"{platform.system()} on {platform.machine()}"
     if system != "Linux on x86_64":
         raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
-    missing = [name for name in ("libtpu", "flatbuffers") if importlib.util.find_spec(name) is None]
+    packages = {"libtpu": "jax[tpu]", "flatbuffers": "flatbuffers"}  # jax asks for the libtpu that it knows
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing and not IN_NOTEBOOK:
-        raise InputError(f"preflight: the TPU's compiler is not installed: pip install {' '.join(missing)}")
+        raise InputError(f"preflight: the TPU's compiler is not installed: pip install {shlex.join(missing)}")
     if missing:
         print("installing", *missing)
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)

@@ -1,9 +1,10 @@
-"""02_train.py and 04_maxtext.py on the embedded corpus: the demos, equal tokens, nearly equal parameters, three seeds.
+"""02_train.py and 04_maxtext.py on the embedded corpus: the demos, equal tokens, equal parameters, three seeds.
 
     python benchmarks/compare.py [--seeds 0 1 2] [--steps 800] [--picture docs/02_and_04.png]
 
 Both have two layers of width 256, a vocabulary of 4,096, the same data in the same order and the same schedule; each
-keeps its own demo's settings otherwise. Prints the bits per byte of every run on the whole validation shard, and draws
+keeps its own demo's settings otherwise, but for 04's `mlp_dim`: 683, so that three matmuls have as many weights as the
+two of 02. Prints the bits per byte of every run on the whole validation shard, and draws
 the validation curves. A quarter of an hour or more on two cores.
 """
 
@@ -35,10 +36,14 @@ def main():
         config = nb.Config.demo().replace(
             num_iterations=args.steps, eval_interval=50, sample_interval=0, save_interval=0, profile_steps=0
         )
+        if name == "04_maxtext.py":  # past Config's check: no multiple of 256, and this CPU has no matrix unit
+            object.__setattr__(config, "mlp_dim", 683)
         label = f"{name}, {nb.count_params(config)['total'] / 1e6:.2f}M parameters"
         for seed in args.seeds:
+            object.__setattr__(config, "seed", seed)
             with tempfile.TemporaryDirectory() as folder:
-                result = nb.train(config.replace(seed=seed, run_dir=f"{folder}/run"))
+                object.__setattr__(config, "run_dir", f"{folder}/run")
+                result = nb.train(config)
                 lines = (Path(result["run_dir"]) / "metrics.jsonl").read_text().splitlines()
             rows = [row for row in map(json.loads, lines) if "val_bpb" in row]
             ends.setdefault(name, []).append(result["val_bpb"])

@@ -104,7 +104,7 @@ def test_where_the_compiler_cannot_run(nb, monkeypatch):
         patch.setattr(nb.platform, "system", lambda: "Linux")
         patch.setattr(nb.platform, "machine", lambda: "x86_64")
         patch.setattr(nb.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(nb.InputError, match="not installed: pip install libtpu flatbuffers"):
+        with pytest.raises(nb.InputError, match="not installed: pip install 'jax.tpu.' flatbuffers"):
             nb.require_compiler()
 
 

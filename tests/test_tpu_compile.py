@@ -57,7 +57,7 @@ def compile_step(nb):
 
     @functools.cache
     def compile_for(chip, impl, accumulate):
-        topology = topologies.get_topology_desc(topology_name=f"{chip}:1x1", platform="tpu")
+        topology = topologies.get_topology_desc(f"{chip}:1x1", "tpu", chips_per_host_bounds=(1, 1, 1))
         place = jax.sharding.SingleDeviceSharding(topology.devices[0])
         module = load(ROOT / "04_maxtext.py") if impl == "maxtext" else nb
         config = maxtext_config(module, accumulate) if impl == "maxtext" else small_config(nb, impl, accumulate)
@@ -145,7 +145,7 @@ def test_no_matmul_of_the_layers_is_promoted(compile_step, chip, impl, accumulat
     assert not [(scope, shapes) for scope, shapes in layers if not all(x.startswith("bf16") for x in shapes[1:])]
 
 
-PEAK_KIB = {  # of each program, by libtpu 0.0.52; more than 5% above it wants a reason, and a new number here
+PEAK_KIB = {  # of each program, by libtpu 0.0.42, 0.0.50 and 0.0.52; 5% above it wants a reason and a new number
     ("v6e", "auto", 1): 78_231, ("v6e", "einsum", 1): 78_391, ("v6e", "jax", 1): 77_334, ("v6e", "splash", 1): 77_463,
     ("v6e", "pallas", 1): 77_590, ("v5e", "auto", 2): 93_252, ("v6e", "maxtext", 1): 124_352,
 }  # fmt: skip

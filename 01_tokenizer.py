@@ -319,6 +319,10 @@ def save_tokenizer(tokenizer, folder):
     os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
 
 
+# Characters of all kinds, spaces and line ends in company: what a pattern does not match would be lost without a word.
+PROBE = "It's  2026 —\r\n\n\tdef f(x): \n  return x! 東京🙂 " + "".join(map(chr, range(0x3000)))
+
+
 def load_tokenizer(folder):
     """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
     folder = Path(folder)
@@ -331,8 +335,13 @@ def load_tokenizer(folder):
         special = meta["special_tokens"]
         if "<|bos|>" not in special or len(set(special)) < len(special):
             raise ValueError("the special tokens must be different, with <|bos|> among them")
-        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = make_tokenizer(ranks, meta["pattern"], special)
+        if tokenizer.decode(tokenizer.encode_ordinary(PROBE)) != PROBE:
+            raise ValueError("its pattern leaves characters out")
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tiktoken panics, which is no Exception, if a pattern matches the empty string
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
 
 
@@ -636,6 +645,9 @@ def announce_downloads(config, fetchers):
 
 
 # %% Read documents tags=["shared"]
+DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+
+
 def check_shard(path):
     """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
 
@@ -643,9 +655,13 @@ def check_shard(path):
     """
     try:
         shard = pq.ParquetFile(path)
+        groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
+        doubtful = any(s.null_count or (s.has_min_max and s.min in ("", b"")) for s in statistics)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such shard") from None
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED_PARQUET as error:
         raise InputError(
             f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
         ) from error
@@ -657,10 +673,7 @@ def check_shard(path):
         raise InputError(f"{path}: its `text` column holds {kind}, not strings")
     if shard.metadata.num_rows == 0:
         raise InputError(f"{path}: holds no documents")
-    groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
-    if any(s.null_count or (s.has_min_max and s.min == "") for s in statistics):
+    if doubtful:
         for _ in read_documents(path):  # raises at the row in question
             pass
     return path
@@ -684,10 +697,12 @@ def read_documents(path, start=0):
         if row + rows > start:
             try:
                 texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except DAMAGED_PARQUET as error:
                 raise InputError(
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
+            if len(texts) != rows:
+                raise InputError(f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again")
             for i in range(max(0, start - row), rows):
                 if not texts[i]:
                     raise InputError(

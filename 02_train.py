@@ -519,6 +519,10 @@ def save_tokenizer(tokenizer, folder):
     os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
 
 
+# Characters of all kinds, spaces and line ends in company: what a pattern does not match would be lost without a word.
+PROBE = "It's  2026 —\r\n\n\tdef f(x): \n  return x! 東京🙂 " + "".join(map(chr, range(0x3000)))
+
+
 def load_tokenizer(folder):
     """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
     folder = Path(folder)
@@ -531,8 +535,13 @@ def load_tokenizer(folder):
         special = meta["special_tokens"]
         if "<|bos|>" not in special or len(set(special)) < len(special):
             raise ValueError("the special tokens must be different, with <|bos|> among them")
-        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = make_tokenizer(ranks, meta["pattern"], special)
+        if tokenizer.decode(tokenizer.encode_ordinary(PROBE)) != PROBE:
+            raise ValueError("its pattern leaves characters out")
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tiktoken panics, which is no Exception, if a pattern matches the empty string
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
 
 
@@ -877,6 +886,9 @@ def announce_downloads(config, fetchers):
 
 
 # %% Read documents tags=["shared"]
+DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+
+
 def check_shard(path):
     """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
 
@@ -884,9 +896,13 @@ def check_shard(path):
     """
     try:
         shard = pq.ParquetFile(path)
+        groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
+        doubtful = any(s.null_count or (s.has_min_max and s.min in ("", b"")) for s in statistics)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such shard") from None
-    except (pa.ArrowException, OSError) as error:
+    except DAMAGED_PARQUET as error:
         raise InputError(
             f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
         ) from error
@@ -898,10 +914,7 @@ def check_shard(path):
         raise InputError(f"{path}: its `text` column holds {kind}, not strings")
     if shard.metadata.num_rows == 0:
         raise InputError(f"{path}: holds no documents")
-    groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
-    if any(s.null_count or (s.has_min_max and s.min == "") for s in statistics):
+    if doubtful:
         for _ in read_documents(path):  # raises at the row in question
             pass
     return path
@@ -925,10 +938,12 @@ def read_documents(path, start=0):
         if row + rows > start:
             try:
                 texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            except DAMAGED_PARQUET as error:
                 raise InputError(
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
+            if len(texts) != rows:
+                raise InputError(f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again")
             for i in range(max(0, start - row), rows):
                 if not texts[i]:
                     raise InputError(
@@ -1103,8 +1118,9 @@ class PrefetchDataLoader:
 
     def load_state_dict(self, state):
         """Goes on from where state_dict was taken. InputError if that is not a place in these shards."""
-        position = Position(**state) if set(state) <= set(Position._fields) else None
-        if not position or min(position) < 0 or position.shard >= len(self.shards):
+        position = Position(**state) if isinstance(state, dict) and set(state) <= set(Position._fields) else None
+        whole = position and all(type(number) is int and number >= 0 for number in position)
+        if not whole or position.shard >= len(self.shards):
             raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
         self.close()
         self._start(position)
@@ -2115,17 +2131,27 @@ def differences(saved, config, ignore):
     return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
 
 
+META_TYPES = {"step": int, "config": dict, "files": dict, "loader": dict, "finished": bool, "best": (dict, type(None))}
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def read_meta(path):
     """meta.json of a checkpoint whose files are what it says they are, else ValueError or OSError."""
     meta = json.loads((path / "meta.json").read_text())
-    if (
-        not isinstance(meta, dict)
-        or not isinstance(meta.get("files"), dict)
-        or "state.safetensors" not in meta["files"]
-    ):
+    if not isinstance(meta, dict) or not {"step", "config", "files"} <= set(meta):
         raise ValueError("meta.json is not that of a checkpoint")
-    if meta.get("step") != int(path.name.removeprefix("step_")):
-        raise ValueError(f"meta.json says step {meta.get('step')!r}")
+    for name in META_TYPES.keys() & meta.keys():
+        if not isinstance(meta[name], META_TYPES[name]):
+            raise ValueError(f"meta.json says {name} {meta[name]!r}")
+    if meta["step"] != int(path.name.removeprefix("step_")):
+        raise ValueError(f"meta.json says step {meta['step']}")
+    if meta.get("best") and not all(is_number(meta["best"].get(name)) for name in ("step", "val_loss", "val_bpb")):
+        raise ValueError(f"meta.json says best {meta['best']!r}")
+    if "state.safetensors" not in meta["files"]:
+        raise ValueError("meta.json names no state.safetensors")
     for name, facts in meta["files"].items():
         if name not in ("state.safetensors", "metrics.jsonl"):
             raise ValueError(f"meta.json names a file {name!r}, which no checkpoint has")
@@ -2261,8 +2287,6 @@ def restore_backup(config, run):
         path, meta = found
         print(f"going on from the backup of {path.name} in {config.backup}", flush=True)
         copy_checkpoint(path, run / "checkpoints" / path.name)
-    if "metrics.jsonl" in meta["files"]:
-        shutil.copyfile(run / "checkpoints" / path.name / "metrics.jsonl", run / "metrics.jsonl")
     (run / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
 
 
@@ -2297,8 +2321,8 @@ class Checkpointer:
     def _copy(self):
         copied = None
         while copied != self.newest:  # what was written meanwhile
-            path = self.newest
             for pause in (*BACKUP_PAUSES, None):
+                path = self.newest  # an older one may be gone by the next attempt
                 try:
                     back_up(self.config, self.run, path)
                     break
@@ -2353,16 +2377,15 @@ def open_run(config):
                 return run, None
             if not (run / "config.json").exists():
                 raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
-            saved = json.loads((run / "config.json").read_text())
             (run / "metrics.jsonl").open("a").close()
             newest = newest_checkpoint(run)
-        except (OSError, json.JSONDecodeError) as error:
+        except OSError as error:
             raise InputError(
                 f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name a folder that can be written"
             ) from error
         if config.resume == "never" or not newest or newest[1].get("finished"):
             continue
-        changed = differences(saved, config, ignore=HOST_FIELDS)
+        changed = differences(newest[1]["config"], config, ignore=HOST_FIELDS)
         if changed:
             raise InputError(
                 f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
@@ -2372,8 +2395,17 @@ def open_run(config):
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl, as dicts."""
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl, as dicts; its last one may have been cut short. InputError if it is damaged."""
+    path, rows = Path(run) / "metrics.jsonl", []
+    try:
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+                if not is_number(rows[-1]["step"]) or not all(x is None or is_number(x) for x in rows[-1].values()):
+                    raise ValueError("a value is no number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: line {len(rows)} cannot be read: {error}; delete or mend that line") from error
+    return rows
 
 
 def plot_loss(run):
@@ -2478,12 +2510,10 @@ class RunLog:
 
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         self.skips = config.nonfinite == "skip"
-        path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [line.rstrip() for line in lines if line.endswith("\n")]  # the last line may have been cut short
-        kept = [line for line in lines if (row := json.loads(line))["step"] < step + ("val_loss" in row)]
-        path.write_text("".join(line + "\n" for line in kept))  # the others will be written again
-        self.file = path.open("a", buffering=1)
+        rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+        kept = [row for row in rows if row["step"] < step + ("val_loss" in row)]  # the others will be written again
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
         cut_samples(run / "samples.txt", step)
         self.tensorboard = Writer(DirectoryOutput(str(run)))
         self.live = someone_watches()
@@ -3260,6 +3290,8 @@ def train(config):
     run, checkpoint = open_run(config)
     if checkpoint:
         state, meta = load_checkpoint(checkpoint, config)
+        if "metrics.jsonl" in meta["files"]:  # whole, whatever has become of the file that was being written
+            shutil.copyfile(checkpoint / "metrics.jsonl", run / "metrics.jsonl")
     else:
         state, meta = init_train_state(config), {"step": 0}
     first, total = meta["step"], config.total_steps
@@ -3270,7 +3302,7 @@ def train(config):
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
-            loader.load_state_dict(meta["loader"])
+            loader.load_state_dict(meta.get("loader"))
         log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
         saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
         trace = stack.enter_context(contextlib.ExitStack())

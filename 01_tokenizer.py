@@ -702,7 +702,9 @@ def read_documents(path, start=0):
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
             if len(texts) != rows:
-                raise InputError(f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again")
+                raise InputError(
+                    f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again"
+                )
             for i in range(max(0, start - row), rows):
                 if not texts[i]:
                     raise InputError(

@@ -951,7 +951,9 @@ def read_documents(path, start=0):
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
             if len(texts) != rows:
-                raise InputError(f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again")
+                raise InputError(
+                    f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again"
+                )
             for i in range(max(0, start - row), rows):
                 if not texts[i]:
                     raise InputError(
@@ -2381,7 +2383,7 @@ def open_run(config):
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl, as dicts; its last one may have been cut short. InputError if it is damaged."""
+    """The lines of a run's metrics.jsonl, as dicts; a last one that was cut short is left out. InputError otherwise."""
     path, rows = Path(run) / "metrics.jsonl", []
     try:
         for line in path.read_text().splitlines(keepends=True):

@@ -183,8 +183,8 @@ def run(nb, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "whole"
     config = nb.Config.demo().replace(
         n_head=1, head_dim=32, aspect_ratio=32, seq_len=32, device_batch_size=2, num_iterations=8, log_interval=2,
-        eval_interval=0, save_interval=3, sample_interval=0, eval_tokens=256, final_eval_tokens=256, profile_steps=0, keep_checkpoints=3,
-        run_dir=str(folder),
+        eval_interval=0, save_interval=3, sample_interval=0, eval_tokens=256, final_eval_tokens=256, profile_steps=0,
+        keep_checkpoints=3, run_dir=str(folder),
     )  # fmt: skip
     nb.train(config)
     shutil.rmtree(folder / "checkpoints" / "step_00000008")

@@ -152,7 +152,7 @@ def require(ok, name, value, rule):
 
 
 def check_types(config):
-    """Every field has its declared type (an int serves as a float), and no float is infinite or NaN."""
+    """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kinds = (int, float) if field.type is float else field.type
@@ -160,8 +160,11 @@ def check_types(config):
             isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
             f"must be of type {field.type.__name__}, not {type(value).__name__}",
         )  # fmt: skip
+        if field.type is int:
+            require(abs(value) < 2**63, field.name, value, "must be below 2^63")
         if field.type is float:
-            require(abs(value) <= sys.float_info.max, field.name, value, "must be a finite number")  # NaN fails, too
+            largest = float(np.finfo(np.float32).max)
+            require(abs(value) <= largest, field.name, value, f"must be a finite number up to {largest:.1e}")  # no NaN
             object.__setattr__(config, field.name, float(value))
 
 

@@ -169,6 +169,14 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
+# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
 
 # %% [markdown]
 # ## Config
@@ -195,7 +203,7 @@ def require(ok, name, value, rule):
 
 
 def check_types(config):
-    """Every field has its declared type (an int serves as a float), and no float is infinite or NaN."""
+    """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         kinds = (int, float) if field.type is float else field.type
@@ -203,8 +211,11 @@ def check_types(config):
             isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
             f"must be of type {field.type.__name__}, not {type(value).__name__}",
         )  # fmt: skip
+        if field.type is int:
+            require(abs(value) < 2**63, field.name, value, "must be below 2^63")
         if field.type is float:
-            require(abs(value) <= sys.float_info.max, field.name, value, "must be a finite number")  # NaN fails, too
+            largest = float(np.finfo(np.float32).max)
+            require(abs(value) <= largest, field.name, value, f"must be a finite number up to {largest:.1e}")  # no NaN
             object.__setattr__(config, field.name, float(value))
 
 
@@ -272,7 +283,6 @@ class BaseConfig:
         for name in positive:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(self.seq_len > 1, "seq_len", self.seq_len, "must be at least 2: a token, and the one after it")
-        require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         require(
             self.softcap <= 70,
             "softcap",
@@ -290,6 +300,7 @@ class BaseConfig:
         require(
             self.backup != "hub" or self.hf_repo_id, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own"
         )
+        require(self.eps >= 1e-30, "eps", self.eps, "must be at least 1e-30, or float32 may divide by zero")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
         for name in ("weight_decay", "warmup_ratio", "warmdown_ratio", "final_lr_frac"):
@@ -2679,9 +2690,7 @@ else:
         (folder / "error").write_text(f"jax {jax.__version__} and this libtpu do not match: pip install 'jax[tpu]'")
 """
 COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
-    "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+    "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **NO_TPU,
 }  # fmt: skip
 
 
@@ -3228,8 +3237,6 @@ def preflight_option(argv):
         chip = value or next(words, "")
         require(chip in (*CHIPS, "all"), "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
         chips += [chip] if chip in CHIPS else list(CHIPS)
-    if chips and not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
-        jax.config.update("jax_platforms", "cpu")  # or jax would look for a TPU, and say at length that there is none
     return chips, rest
 
 

@@ -387,7 +387,7 @@ class BaseConfig:
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
 
 
-# %% Config
+# %% Config tags=["shared"]
 # Sequences of a pass that fit a chip, by jax's device_kind: preflight's word. Other devices go by their memory.
 DEVICE_BATCH = {"TPU v6 lite": 4, "TPU v5 lite": 4}
 
@@ -1171,7 +1171,7 @@ class PrefetchDataLoader:
 # Every initial value stands in one place:
 
 
-# %% Initial values
+# %% Initial values tags=["shared"]
 def init_params(config, key):
     """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
 
@@ -1618,7 +1618,7 @@ def lm_head(config, params, x):
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 
-# %% Residual and MLP
+# %% Residual and MLP tags=["shared"]
 def mix_residual(layer, x, x0):
     """a·x + b·x0 in float32: in bfloat16 a learned 1.001 would be 1."""
     mixed = layer["resid_scale"] * x.astype(jnp.float32) + layer["x0_scale"] * x0.astype(jnp.float32)
@@ -1631,7 +1631,7 @@ def mlp(layer, x):
     return jnp.einsum("sf,fd->sd", jnp.square(jax.nn.relu(hidden)), layer["down"])
 
 
-# %% All layers
+# %% All layers tags=["shared"]
 def hidden(config, weights, tokens):
     """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
     with jax.named_scope("embed"):
@@ -1767,7 +1767,7 @@ def token_losses(config, params, tokens, targets):
         return losses.reshape(targets.shape)
 
 
-# %% Mean loss
+# %% Mean loss tags=["shared"]
 def loss_fn(config, params, tokens, targets):
     """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
     return jnp.mean(token_losses(config, params, tokens, targets))
@@ -2163,11 +2163,9 @@ def read_meta(path):
         raise ValueError(f"meta.json says step {meta['step']}")
     if meta.get("best") and not all(is_number(meta["best"].get(name)) for name in ("step", "val_loss", "val_bpb")):
         raise ValueError(f"meta.json says best {meta['best']!r}")
-    if "state.safetensors" not in meta["files"]:
-        raise ValueError("meta.json names no state.safetensors")
+    if not {"state.safetensors"} <= set(meta["files"]) <= {"state.safetensors", "metrics.jsonl"}:
+        raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
     for name, facts in meta["files"].items():
-        if name not in ("state.safetensors", "metrics.jsonl"):
-            raise ValueError(f"meta.json names a file {name!r}, which no checkpoint has")
         found = file_facts(path / name)
         if found != facts:
             what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
@@ -2327,6 +2325,10 @@ class Checkpointer:
             self.writing.result()
 
     def _write(self, arrays, meta):
+        if (
+            sys.platform == "linux"
+        ):  # there a thread has a priority of its own: where cores are few, the step comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self.newest = write_checkpoint(self.run, self.config, arrays, meta)
         if self.config.backup and (self.copying is None or self.copying.done()):
             self.copying = in_background(self._copy)
@@ -2518,9 +2520,10 @@ class Diverged(InputError):
 class RunLog:
     """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
 
-    def __init__(self, config, run, step):
+    def __init__(self, config, run, step, report=None):
         from tensorboard.summary import DirectoryOutput, Writer
 
+        self.report = report or (lambda step, values: None)
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         self.skips = config.nonfinite == "skip"
         rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
@@ -2542,6 +2545,7 @@ class RunLog:
     def write(self, step, **values):
         """One line of metrics.jsonl, and a TensorBoard scalar for each value that is not None."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.report(step, values)
         for name, value in values.items():
             if value is not None:
                 self.tensorboard.add_scalar(name, np.float32(value), step)
@@ -2580,11 +2584,7 @@ class RunLog:
         if not stop:
             self.say(f"{what}: skipped")
             return
-        checkpoints = list_checkpoints(self.run)
-        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise Diverged(
-            f"{what}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
-        )
+        raise Diverged(what)
 
     def _show(self, step, metrics):
         rates = self.meter.seen(step + 1)
@@ -3277,15 +3277,30 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def advice_if_diverged(run, saver):
+    """Adds the last good checkpoint, once it is written, and what may help to what Diverged says."""
+    try:
+        yield
+    except Diverged as error:
+        saver.close()
+        checkpoints = list_checkpoints(run)
+        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise Diverged(
+            f"{error}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
+        ) from None
+
+
 def describe_batch(start, stop):
     """The documents between two positions of the loader, in words."""
     where = f"document {start.row} (from token {start.offset}) of training shard {start.shard}"
     return f"{where} to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
 
 
-def train(config):
+def train(config, report=None):
     """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics.
 
+    `report(step, values)` gets each line of metrics.jsonl as it is written; what it raises ends the training.
     SIGTERM and KeyboardInterrupt end it after the step that runs, with a checkpoint; `stopped` names the signal then.
     """
     started = time.perf_counter()
@@ -3312,8 +3327,9 @@ def train(config):
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
             loader.load_state_dict(meta.get("loader"))
-        log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        log = stack.enter_context(contextlib.closing(RunLog(config, run, first, report)))
         saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
+        stack.enter_context(advice_if_diverged(run, saver))
         trace = stack.enter_context(contextlib.ExitStack())
         asked = stack.enter_context(stop_requests())
         for step in range(first, total):

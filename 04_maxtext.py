@@ -2159,11 +2159,9 @@ def read_meta(path):
         raise ValueError(f"meta.json says step {meta['step']}")
     if meta.get("best") and not all(is_number(meta["best"].get(name)) for name in ("step", "val_loss", "val_bpb")):
         raise ValueError(f"meta.json says best {meta['best']!r}")
-    if "state.safetensors" not in meta["files"]:
-        raise ValueError("meta.json names no state.safetensors")
+    if not {"state.safetensors"} <= set(meta["files"]) <= {"state.safetensors", "metrics.jsonl"}:
+        raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
     for name, facts in meta["files"].items():
-        if name not in ("state.safetensors", "metrics.jsonl"):
-            raise ValueError(f"meta.json names a file {name!r}, which no checkpoint has")
         found = file_facts(path / name)
         if found != facts:
             what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
@@ -2316,6 +2314,10 @@ class Checkpointer:
             self.writing.result()
 
     def _write(self, arrays, meta):
+        if (
+            sys.platform == "linux"
+        ):  # there a thread has a priority of its own: where cores are few, the step comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self.newest = write_checkpoint(self.run, self.config, arrays, meta)
         if self.config.backup and (self.copying is None or self.copying.done()):
             self.copying = in_background(self._copy)
@@ -2494,9 +2496,10 @@ class Diverged(InputError):
 class RunLog:
     """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
 
-    def __init__(self, config, run, step):
+    def __init__(self, config, run, step, report=None):
         from tensorboard.summary import DirectoryOutput, Writer
 
+        self.report = report or (lambda step, values: None)
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         self.skips = config.nonfinite == "skip"
         rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
@@ -2518,6 +2521,7 @@ class RunLog:
     def write(self, step, **values):
         """One line of metrics.jsonl, and a TensorBoard scalar for each value that is not None."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.report(step, values)
         for name, value in values.items():
             if value is not None:
                 self.tensorboard.add_scalar(name, np.float32(value), step)
@@ -2556,11 +2560,7 @@ class RunLog:
         if not stop:
             self.say(f"{what}: skipped")
             return
-        checkpoints = list_checkpoints(self.run)
-        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise Diverged(
-            f"{what}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
-        )
+        raise Diverged(what)
 
     def _show(self, step, metrics):
         rates = self.meter.seen(step + 1)
@@ -3234,15 +3234,30 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def advice_if_diverged(run, saver):
+    """Adds the last good checkpoint, once it is written, and what may help to what Diverged says."""
+    try:
+        yield
+    except Diverged as error:
+        saver.close()
+        checkpoints = list_checkpoints(run)
+        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise Diverged(
+            f"{error}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
+        ) from None
+
+
 def describe_batch(start, stop):
     """The documents between two positions of the loader, in words."""
     where = f"document {start.row} (from token {start.offset}) of training shard {start.shard}"
     return f"{where} to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
 
 
-def train(config):
+def train(config, report=None):
     """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics.
 
+    `report(step, values)` gets each line of metrics.jsonl as it is written; what it raises ends the training.
     SIGTERM and KeyboardInterrupt end it after the step that runs, with a checkpoint; `stopped` names the signal then.
     """
     started = time.perf_counter()
@@ -3269,8 +3284,9 @@ def train(config):
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
             loader.load_state_dict(meta.get("loader"))
-        log = stack.enter_context(contextlib.closing(RunLog(config, run, first)))
+        log = stack.enter_context(contextlib.closing(RunLog(config, run, first, report)))
         saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
+        stack.enter_context(advice_if_diverged(run, saver))
         trace = stack.enter_context(contextlib.ExitStack())
         asked = stack.enter_context(stop_requests())
         for step in range(first, total):

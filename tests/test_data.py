@@ -174,6 +174,20 @@ def test_a_bad_shard_is_refused_by_name(nb, tmp_path, make, words):
     assert all(word in message for word in words), message
 
 
+def test_a_footer_that_lies_about_its_rows(nb, tmp_path):
+    """Each byte that may be the 40 rows of a row group says 41, in turn: refused, or it was another number."""
+    path, said = write(tmp_path / "shard.parquet", documents(3, 120), row_group_size=40), []
+    whole = path.read_bytes()
+    for at in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+        if whole[at] == 2 * 40:  # thrift doubles integers
+            path.write_bytes(whole[:at] + bytes([2 * 41]) + whole[at + 1 :])
+            try:
+                list(nb.read_documents(nb.check_shard(path)))
+            except nb.InputError as error:
+                said.append(str(error))
+    assert any("row group 0 has 40 rows, not 41" in words for words in said), said
+
+
 def test_statistics_tell_null_and_empty_before_a_token_is_used(nb, tmp_path):
     """With statistics, check_shard itself refuses; a good shard costs it nothing but the footer."""
     good = write(tmp_path / "good.parquet", documents(3, 12))
@@ -285,7 +299,11 @@ def test_resume_into_a_long_document(nb, tokenizer, tmp_path):
     np.testing.assert_array_equal(targets.ravel(), stream[5001:5051])
 
 
-@pytest.mark.parametrize("state", [dict(shard=3), dict(shard=0, row=-1), dict(epoch=-1), dict(place=3)], ids=str)
+@pytest.mark.parametrize(
+    "state",
+    [dict(shard=3), dict(shard=0, row=-1), dict(epoch=-1), dict(place=3), dict(row=1.5), dict(row=True), None],
+    ids=str,
+)
 def test_a_wrong_position_is_refused(nb, tokenizer, three, state):
     with nb.PrefetchDataLoader(small(nb, 2, 8), tokenizer, three[0]) as loader:
         with pytest.raises(nb.InputError, match="position"):

@@ -125,6 +125,11 @@ def flip(path, at):
     path.write_bytes(data)
 
 
+def edit(checkpoint, **values):
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    (checkpoint / "meta.json").write_text(json.dumps({**meta, **values}))
+
+
 DAMAGE = {
     "truncated": (lambda c: os.truncate(c / "state.safetensors", 1000), "damaged: its bytes is 1000, not"),
     "one bit": (lambda c: flip(c / "state.safetensors", -1), "state.safetensors is damaged: its sha256 is"),
@@ -134,11 +139,16 @@ DAMAGE = {
     "half of the meta": (lambda c: os.truncate(c / "meta.json", 100), "passed over"),
     "an empty meta": (lambda c: (c / "meta.json").write_text(""), "passed over"),
     "another's meta": (lambda c: (c / "meta.json").write_text("[1, 2]"), "not that of a checkpoint"),
+    "a loader of another type": (lambda c: edit(c, loader=[1, 2]), r"meta.json says loader \[1, 2\]"),
+    "a Config of another type": (lambda c: edit(c, config="demo"), "meta.json says config 'demo'"),
+    "a best loss of another type": (
+        lambda c: edit(c, best={"step": 9, "val_loss": "2", "val_bpb": 1.0}), "meta.json says best {'step': 9",
+    ),
     "a file elsewhere": (
         lambda c: (c / "meta.json").write_text(
-            json.dumps({"step": 12, "files": {"state.safetensors": {}, "../../config.json": {}}})
+            json.dumps({"step": 12, "config": {}, "files": {"state.safetensors": {}, "../../config.json": {}}})
         ),
-        "is damaged|which no checkpoint has",
+        r"names the files \['../../config.json', .* not those of a checkpoint",
     ),
 }  # fmt: skip
 
@@ -166,6 +176,17 @@ def script(folder, *options, env=None, **changes):
     return subprocess.Popen(
         command, cwd=folder.parent, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+def test_metrics_come_back_from_the_checkpoint(nb, whole, tmp_path):
+    """Whatever has become of the file that was being written when the machine died."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    (run / "metrics.jsonl").write_bytes(b"\0" * 300)
+    (run / "config.json").write_text("")
+    nb.train(tiny(nb, run))
+    assert rows(run) == rows(whole)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -133,6 +133,10 @@ DAMAGED = {
     "a special token twice": edit(FILES[1], lambda text: text.replace("<|user_end|>", "<|user_start|>")),
     "no pattern": edit(FILES[1], lambda text: text.replace('"pattern"', '"patern"')),
     "bad pattern": edit(FILES[1], lambda text: json.dumps(json.loads(text) | {"pattern": "(["})),
+    "a pattern that leaves text out": edit(FILES[1], lambda text: json.dumps(json.loads(text) | {"pattern": r"\S+"})),
+    "a pattern that matches nothing at all": edit(
+        FILES[1], lambda text: json.dumps(json.loads(text) | {"pattern": "a*"})
+    ),
     "broken JSON": edit(FILES[1], lambda text: text[:-4]),
     "JSON of something else": edit(FILES[1], lambda text: "[1, 2]"),
     "no tiktoken file": lambda folder: (folder / FILES[0]).unlink(),

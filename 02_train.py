@@ -1099,7 +1099,7 @@ class PrefetchDataLoader:
         try:
             for ready in self._batches(start, pool, stop):
                 # One call, and one hand-over, for all that is ready: small batches are otherwise half as fast.
-                arrays = jax.device_put([(tokens, targets) for tokens, targets, _ in ready], jax.devices()[0])
+                arrays = jax.device_put([(tokens, targets) for tokens, targets, _ in ready])
                 put(list(zip(arrays, [place for *_, place in ready], strict=True)))
                 if stop.is_set():
                     break

@@ -68,6 +68,16 @@ def test_the_run_folder_holds_what_it_should(finished):
     assert (run / "samples.txt").read_text().count("--- step") == 2
 
 
+def test_a_run_compiles_its_step_once(nb, tmp_path):
+    """Also the second step, whose state comes from the first, and the steps of a run that goes on from a checkpoint:
+    arrays that are bound to a device, and ones that are not, make two programs of one."""
+    config, before = tiny(nb, tmp_path / "run", seq_len=48, profile_steps=0), nb.train_step._cache_size()
+    nb.train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    assert nb.train(config)["step"] == 8
+    assert nb.train_step._cache_size() == before + 1
+
+
 def test_tensorboard_reads_the_scalars(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray

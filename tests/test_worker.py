@@ -1,0 +1,262 @@
+"""03_worker.py: its search, its trials, and the real wandb agent against a server on loopback."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.wandb_server import KEY, WandbServer
+from tools.notebooks import load
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(
+    n_head=2, head_dim=16, aspect_ratio=8, seq_len=32, device_batch_size=4, eval_tokens=512, final_eval_tokens=512
+)
+OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """03_worker as a module."""
+    return load(ROOT / "03_worker.py")
+
+
+@pytest.fixture
+def base(worker, tmp_path):
+    return worker.base_config().replace(**TINY, num_iterations=20, run_dir=str(tmp_path / "sweep"))
+
+
+def started(home, *options, **environment):
+    command = [sys.executable, ROOT / "03_worker.py", *OPTIONS, "--run_dir=runs", *map(str, options)]
+    home.mkdir(exist_ok=True)
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    return subprocess.Popen(
+        command, cwd=home, env={**keep, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def ended(process, timeout=150):
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+
+
+def trials(home):
+    """{name: its row} of the trials that ended in this folder."""
+    return {path.parent.name: json.loads(path.read_text()) for path in (home / "runs").glob("*/trial.json")}
+
+
+# ---- the search
+
+
+@pytest.mark.parametrize("kind", ["demo", "reference"])
+def test_every_suggestion_is_a_config(worker, kind):
+    """All corners of the space, for both bases: nothing impossible can be suggested, and all cost the same."""
+    base = worker.base_config()
+    if kind == "reference":
+        base = worker.Config().replace(num_iterations=8000, run_dir="runs/sweep")
+    parameters = worker.sweep_definition(base, 40)["parameters"]
+    known = {field.name for field in dataclasses.fields(worker.Config)} | {"heads_per_kv"}
+    assert set(parameters) <= known
+    shapes = {name: p["values"] for name, p in parameters.items() if "values" in p}
+    ends = [{name: p[end] for name, p in parameters.items() if end in p} for end in ("min", "max")]
+    sizes, largest = set(), worker.count_params(base)["total"]
+    for values, rest in itertools.product(itertools.product(*shapes.values()), ends):
+        config = worker.trial_config(base, {**dict(zip(shapes, values, strict=True)), **rest}, "x")
+        assert worker.count_params(config)["total"] <= largest
+        assert config.device_batch_size <= base.device_batch_size
+        flops = config.total_steps * config.tokens_per_step * worker.flops_per_token(config)
+        assert flops == pytest.approx(worker.trial_flops(base), rel=0.5 / 200)  # a whole number of steps, at least 200
+        sizes.add(worker.count_params(config)["total"])
+    assert len(sizes) > 3
+
+
+def test_the_definition_is_wandbs(worker, base):
+    """What the server would get: its own search engine takes it, where that is installed."""
+    definition = worker.sweep_definition(base, 7)
+    assert definition["run_cap"] == 7 and definition["metric"] == {"name": "val_bpb", "goal": "minimize"}
+    sweeps = pytest.importorskip("sweeps", reason="pip install --no-deps sweeps: it pins an old numpy")
+    suggestion = sweeps.next_run(definition, [])
+    assert set(suggestion.config) == set(definition["parameters"])
+
+
+def test_draws_are_within_their_ranges(worker, base):
+    rng = random.Random(1)
+    for name, parameter in worker.sweep_definition(base, 1)["parameters"].items():
+        values = [worker.draw(parameter, rng) for _ in range(400)]
+        low, high = min(values), max(values)
+        if "values" in parameter:
+            assert set(values) == set(parameter["values"]), name
+        else:
+            assert parameter["min"] <= low < high <= parameter["max"]
+            middle = sorted(values)[200]
+            mean = (parameter["min"] + parameter["max"]) / 2
+            if parameter["distribution"].startswith("log"):
+                mean = math.sqrt(parameter["min"] * parameter["max"])
+            assert middle == pytest.approx(mean, rel=0.2), name  # 4 standard deviations of a median of 400
+
+
+def test_a_base_whose_half_cannot_be_is_refused(worker, base):
+    with pytest.raises(worker.InputError, match="no layer is left"):
+        worker.sweep_definition(base.replace(aspect_ratio=32), 3)
+
+
+@pytest.mark.parametrize(
+    ("suggestion", "words"),
+    [
+        (dict(heads_per_kv=3), "heads_per_kv=3: must divide 2"),
+        (dict(heads_per_kv=0), "heads_per_kv=0"),
+        (dict(head_dim=15), "head_dim=15: must be even"),
+        (dict(learning_rate=-1.0), "learning_rate=-1.0: must be positive"),
+        (dict(learning_rte=1.0), "did you mean 'learning_rate'"),
+    ],
+)
+def test_a_suggestion_that_cannot_be(worker, base, suggestion, words):
+    with pytest.raises(worker.InputError, match=re.escape(words)):
+        worker.trial_config(base, suggestion, "x")
+
+
+# ---- trials
+
+
+def test_a_search_without_an_account(worker, base, capsys):
+    """Three trials, one of which cannot be: it has a reason and no loss, and the others are compared."""
+    rows = worker.local_search(base, 2)
+    failed = worker.run_trial(base, worker.wandb.init(mode="offline", dir=base.run_dir), dict(heads_per_kv=7))
+    worker.wandb.finish()
+    assert failed["val_bpb"] is None and "heads_per_kv=7: must divide 2" in failed["failure"]
+    assert rows[0]["learning_rate"] == base.learning_rate and not rows[0]["failure"]
+    folder = Path(base.run_dir)
+    for row in rows:
+        assert row["val_bpb"] > 1 and not (folder / row["name"] / "checkpoints").exists()
+        assert json.loads((folder / row["name"] / "trial.json").read_text()) == row
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 3  # for wandb sync
+
+    rows = worker.add_curves(base, [*rows, failed])
+    assert [len(row["curve"]) for row in rows] == [10, 10, 0]
+    best = worker.ranked(rows)
+    assert len(best) == 2 and best[0]["val_bpb"] <= best[1]["val_bpb"]
+    definition = worker.sweep_definition(base, 3)
+    capsys.readouterr()
+    worker.show_table(rows, definition["parameters"])
+    worker.show_winner(base, rows)
+    out = capsys.readouterr().out
+    assert f"{best[0]['val_bpb']:.4f}" in out and "1 of 3 trials were stopped or failed" in out
+    code = next(line for line in out.splitlines() if line.startswith("config = "))
+    config = eval(code.removeprefix("config = "), {"Config": worker.Config})
+    assert config.learning_rate == best[0]["learning_rate"]
+    worker.plot_curves(rows, folder / "a.png")
+    worker.plot_parameters(rows, definition, folder / "b.png")
+    assert all((folder / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+
+
+def test_free_parameters_compile_nothing(worker, base):
+    """The step is compiled once for trials that differ in learning rate, weight decay and schedule."""
+    base = base.replace(seq_len=16)  # no other test's shape
+    before = worker.train_step._cache_size()
+    for rate in (1e-3, 2e-3, 3e-3):
+        run = worker.wandb.init(mode="offline", dir=base.run_dir, reinit="finish_previous")
+        assert worker.run_trial(base, run, dict(learning_rate=rate, weight_decay=rate, warmdown_ratio=0.3))["val_bpb"]
+        run.finish()
+    assert worker.train_step._cache_size() == before + 1
+
+
+# ---- the real agent
+
+
+def test_two_workers_share_a_sweep(tmp_path):
+    """Both join, each suggestion is trained once, one that cannot be fails with its reason, and both exit when told."""
+    suggestions = [dict(learning_rate=rate) for rate in (1e-3, 2e-3, 3e-3, 4e-3)]
+    suggestions[1]["heads_per_kv"] = 3
+    with WandbServer(suggestions) as server:
+        homes = [tmp_path / "a", tmp_path / "b"]
+        workers = [
+            started(home, "--sweep_id=sweep01", "--num_iterations=200", **server.environment(home)) for home in homes
+        ]
+        out = [ended(process) for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], out
+    done = [trials(home) for home in homes]
+    names = sorted([*done[0], *done[1]])
+    assert set(names) | {"run1"} == {"run0", "run1", "run2", "run3"} and len(names) == len(set(names))
+    assert sorted(server.handed) == ["run0", "run1", "run2", "run3"] and len(server.agents) == 2
+    everything = "".join(out)
+    assert "trial run1 failed: heads_per_kv=3: must divide 2" in everything
+    assert all(row["val_bpb"] > 1 for rows in done for name, row in rows.items() if name != "run1")
+    assert KEY not in everything
+    for home in homes:
+        for path in home.rglob("*"):
+            assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_sweep_is_created_stopped_and_survives_a_server_that_is_away(tmp_path):
+    """The first trial is long and is stopped; the next ones are trained though the server is away for a while."""
+    home = tmp_path / "home"
+    with WandbServer([dict(learning_rate=1e-3), dict(learning_rate=2e-3)]) as server:
+        process = started(home, "--num_iterations=30000", "--log_interval=5", **server.environment(home))
+        metrics = home / "runs" / "run0" / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        server.down = True
+        time.sleep(8)  # a heartbeat or two fail
+        assert process.poll() is None
+        server.stop = {"run0", "run1"}
+        server.down = False
+        out = ended(process)
+    assert process.returncode == 0, out
+    assert "sweep   created1" in out and json.loads(json.dumps(server.sweeps["created1"]))
+    done = trials(home)
+    for name in ("run0", "run1"):
+        assert done[name]["val_bpb"] is None and "stopped by the sweep" in done[name]["failure"], out
+        lines = (home / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        assert 0 < len(lines) < 100 and not (home / "runs" / name / "checkpoints").exists()
+    assert "no trial came to its end" in out
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path):
+    """SIGKILL in a trial; the next start joins the same sweep and takes what is left."""
+    home = tmp_path / "home"
+    with WandbServer([dict(learning_rate=1e-3), dict(learning_rate=2e-3)]) as server:
+        process = started(home, "--sweep_id=sweep01", "--num_iterations=2000", **server.environment(home))
+        for line in process.stdout:
+            if line.startswith("first step"):
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        again = started(home, "--sweep_id=sweep01", "--num_iterations=200", **server.environment(home))
+        out = ended(again)
+    assert again.returncode == 0, out
+    assert list(trials(home)) == ["run1"] and server.handed == {"run0": "agent0", "run1": "agent1"}
+
+
+@pytest.mark.parametrize("fault", ["a wrong id", "no network", "a bad key"])
+def test_what_is_wrong_is_said_before_any_work(tmp_path, fault):
+    with WandbServer() as server:
+        environment = server.environment(tmp_path)
+        if fault == "no network":
+            environment["WANDB_BASE_URL"] = "http://127.0.0.1:9"
+        if fault == "a bad key":
+            environment |= {"WANDB_API_KEY": "f" * 40, "WANDB_MODE": "online"}
+        started_at = time.monotonic()
+        process = started(
+            tmp_path / "home", f"--sweep_id={'nosuch' if fault == 'a wrong id' else 'sweep01'}", **environment
+        )
+        out = ended(process)
+    assert process.returncode == 2, out
+    assert time.monotonic() - started_at < 60
+    words = {"a wrong id": "nosuch", "no network": "cannot reach http://127.0.0.1:9", "a bad key": "cannot log in"}
+    error = out.strip().splitlines()[-1]
+    assert error.startswith("error: wandb: ") and words[fault] in error
+    assert "f" * 40 not in out and KEY not in out

@@ -2900,7 +2900,7 @@ def fetch_rows(sweep_id, project, entity):
     path = "/".join(part for part in (entity, project, sweep_id) if part)
     rows = []
     for run in ask_wandb("read the sweep", lambda: list(wandb.Api().sweep(path).runs)):
-        curve = [(line["step"], line["val_bpb"]) for line in run.scan_history(keys=["step", "val_bpb"])]
+        curve = [(line["step"], line["val_bpb"]) for line in run.history(keys=["step", "val_bpb"], pandas=False)]
         suggestion = {name: value for name, value in run.config.items() if name != "trial"}
         failure = run.summary.get("failure", "" if run.state == "finished" else run.state)
         bpb = run.summary.get("val_bpb")
@@ -2968,16 +2968,19 @@ def plot_curves(rows, path):
 
 
 def show_winner(base, rows):
-    """Prints the best trial's Config as code for 02_train.py, and what it gained over the base."""
+    """Prints the best trial's Config as code for 02_train.py: every field of the model, the data and the optimizer."""
     best = ranked(rows)[0]
     names = sweep_definition(base, 1)["parameters"]
     config = trial_config(base, {name: best[name] for name in names if name in best}, best["name"])
-    fields = (
-        "n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "device_batch_size",
-        "learning_rate", "weight_decay", "warmup_ratio", "warmdown_ratio", "dataset",
-    )  # fmt: skip
     print(f"{best['val_bpb']:.4f} bits per byte with")
-    print("config = Config(" + ", ".join(f"{name}={getattr(config, name)!r}" for name in fields) + ")")
+    print("config = Config.for_device().replace(")
+    for group in (
+        ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "dataset"),
+        ("device_batch_size", "total_batch_size"),
+        ("learning_rate", "weight_decay", "warmup_ratio", "warmdown_ratio"),
+    ):
+        print("    " + ", ".join(f"{name}={getattr(config, name)!r}" for name in group) + ",")
+    print(")")
 
 
 # %% [markdown]

@@ -153,9 +153,12 @@ def test_a_search_without_an_account(worker, base, capsys):
     worker.show_winner(base, rows)
     out = capsys.readouterr().out
     assert f"{best[0]['val_bpb']:.4f}" in out and "1 of 3 trials were stopped or failed" in out
-    code = next(line for line in out.splitlines() if line.startswith("config = "))
-    config = eval(code.removeprefix("config = "), {"Config": worker.Config})
-    assert config.learning_rate == best[0]["learning_rate"]
+    code = out[out.index("config = ") :].removeprefix("config = ")
+    config = eval(code, {"Config": worker.Config})
+    trial = worker.trial_config(base, {name: best[0][name] for name in definition["parameters"]}, "x")
+    same = ("n_head", "kv_heads", "head_dim", "n_embd", "depth", "seq_len", "vocab_size", "dataset", "learning_rate")
+    same += ("weight_decay", "warmup_ratio", "warmdown_ratio", "device_batch_size", "tokens_per_step")
+    assert [getattr(config, name) for name in same] == [getattr(trial, name) for name in same]
     worker.plot_curves(rows, folder / "a.png")
     worker.plot_parameters(rows, definition, folder / "b.png")
     assert all((folder / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
@@ -239,6 +242,31 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
         out = ended(again)
     assert again.returncode == 0, out
     assert list(trials(home)) == ["run1"] and server.handed == {"run0": "agent0", "run1": "agent1"}
+
+
+def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
+    """wandb.Api reads trials of other machines: those that ended are ranked, the others counted, with their reasons."""
+    suggestion = worker.base_suggestion(base)
+    ended_run = ("finished", {**suggestion, "trial": {}}, {"val_bpb": 1.5, "step": 20}, [(10, 2.0), (20, 1.5)])
+    reason = {"failure": "heads_per_kv=3: must divide 2"}
+    results = {
+        "far": ended_run,
+        "best": ("finished", {**suggestion, "learning_rate": 0.002}, {"val_bpb": 1.25}, [(20, 1.25)]),
+        "bad": ("failed", {**suggestion, "heads_per_kv": 3}, reason, []),
+        "dead": ("crashed", suggestion, {"val_bpb": 1.75}, [(10, 1.75)]),
+    }
+    with WandbServer(results=results) as server:
+        for name, value in server.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)
+        rows = worker.fetch_rows("sweep01", "project", "me")
+        with pytest.raises(worker.InputError, match="wandb: cannot read the sweep"):
+            worker.fetch_rows("nosuch", "project", "me")
+    assert [row["name"] for row in rows] == list(results)
+    assert [row["failure"] for row in rows] == ["", "", "heads_per_kv=3: must divide 2", "crashed"]
+    assert rows[0]["curve"] == [(10, 2.0), (20, 1.5)] and "trial" not in rows[0]
+    assert [row["name"] for row in worker.ranked(rows)] == ["best", "far"]
+    worker.show_winner(base, rows)
+    assert "learning_rate=0.002" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["a wrong id", "no network", "a bad key"])

@@ -16,9 +16,11 @@ class WandbServer:
 
     `stop`: ids of runs (`run0`, `run1`, …) that are to be stopped as soon as their agent says that they are running.
     `down`: requests get a 503. `sweep`: the only id that is known, besides those that are created here.
+    `results`: what is known of runs, `{name: (state, config, summary, history)}`.
     """
 
-    def __init__(self, suggestions=(), sweep="sweep01"):
+    def __init__(self, suggestions=(), sweep="sweep01", results=()):
+        self.results = dict(results)
         self.waiting = [{"run_id": f"run{i}", "args": args} for i, args in enumerate(suggestions)]
         self.sweeps, self.stop, self.down = {sweep: None}, set(), False
         self.agents, self.handed, self.heartbeats, self.refused = [], {}, [], 0
@@ -70,8 +72,8 @@ class WandbServer:
             self.refused += 1
             return 401, {"errors": [{"message": "user is not logged in"}]}
         query, variables = content["query"], content.get("variables") or {}
-        if name := re.search(r"upsertSweep|createAgent|agentHeartbeat|viewer", query):
-            return 200, getattr(self, name[0])(variables)
+        if name := re.search(r"upsertSweep|createAgent|agentHeartbeat|viewer|sampledHistory|runs\(|sweep\(", query):
+            return 200, getattr(self, name[0].strip("("))(variables)
         return 400, {"errors": [{"message": f"not known here: {query[:60]}"}]}
 
     def viewer(self, variables):
@@ -108,3 +110,31 @@ class WandbServer:
             else:
                 commands = [{"type": "exit"}]
         return {"data": {"agentHeartbeat": {"agent": {"id": variables["id"]}, "commands": json.dumps(commands)}}}
+
+    def sweep(self, variables):
+        if variables["name"] not in self.sweeps:
+            return {"data": {"project": {"sweep": None}}}
+        known = dict(id="1", name=variables["name"], state="FINISHED", method="bayes", config="method: bayes")
+        rest = dict(displayName=None, description=None, bestLoss=None, updatedAt=None, runCountExpected=None)
+        times = dict(createdAt="2026-01-01T00:00:00", runCount=len(self.results))
+        return {"data": {"project": {"sweep": {"__typename": "Sweep", **known, **rest, **times}}}}
+
+    def runs(self, variables):
+        names = list(self.results) if json.loads(variables["filters"]) == {"$and": [{"sweep": "sweep01"}]} else []
+        edges = [{"node": self.run(name), "cursor": name} for name in names]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"data": {"project": {"runCount": len(edges), "runs": {"edges": edges, "pageInfo": page}}}}
+
+    def run(self, name):
+        state, config, summary, history = self.results[name]
+        config = {key: {"value": value} for key, value in config.items()}
+        return {
+            "name": name, "displayName": name, "sweepName": "sweep01", "state": state, "id": name, "projectId": 1,
+            "config": json.dumps(config), "summaryMetrics": json.dumps(summary), "historyLineCount": len(history),
+        }  # fmt: skip
+
+    def sampledHistory(self, variables):
+        lines = [
+            dict(_step=i, step=step, val_bpb=bpb) for i, (step, bpb) in enumerate(self.results[variables["name"]][3])
+        ]
+        return {"data": {"project": {"run": {"sampledHistory": [lines]}}}}

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import jupytext
+import nbclient
 import pytest
 
 from tests.wandb_server import KEY, WandbServer
@@ -162,6 +164,23 @@ def test_a_search_without_an_account(worker, base, capsys):
     worker.plot_curves(rows, folder / "a.png")
     worker.plot_parameters(rows, definition, folder / "b.png")
     assert all((folder / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+
+
+def test_the_notebook_in_a_kernel(tmp_path, monkeypatch):
+    """Run all, without an account and with a small base: a table, two pictures, and code for 02."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    notebook = jupytext.read(ROOT / "03_worker.ipynb")
+    (cell,) = (cell for cell in notebook.cells if "base = parse_args(rest, base_config()" in cell.source)
+    small = dict(TINY, num_iterations=20, run_dir=str(tmp_path / "sweep"), dataset=str(ROOT / "data" / "embedded"))
+    cell.source = cell.source.replace("base_config()", f"base_config().replace(**{small!r})").replace("= 6", "= 2")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "budget  2 trials of" in text and "a search on this machine" in text and "config = Config" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
 def test_free_parameters_compile_nothing(worker, base):

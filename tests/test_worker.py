@@ -22,7 +22,7 @@ from tools.notebooks import load
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
-    n_head=2, head_dim=16, aspect_ratio=8, seq_len=32, device_batch_size=4, eval_tokens=512, final_eval_tokens=512
+    n_head=8, head_dim=4, aspect_ratio=16, seq_len=32, device_batch_size=4, eval_tokens=512, final_eval_tokens=512
 )
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
 
@@ -69,7 +69,7 @@ def test_every_suggestion_is_a_config(worker, kind):
     if kind == "reference":
         base = worker.Config().replace(num_iterations=8000, run_dir="runs/sweep")
     parameters = worker.sweep_definition(base, 40)["parameters"]
-    known = {field.name for field in dataclasses.fields(worker.Config)} | {"heads_per_kv"}
+    known = {field.name for field in dataclasses.fields(worker.Config)} | {"n_embd", "heads_per_kv"}
     assert set(parameters) <= known
     shapes = {name: p["values"] for name, p in parameters.items() if "values" in p}
     ends = [{name: p[end] for name, p in parameters.items() if end in p} for end in ("min", "max")]
@@ -112,14 +112,17 @@ def test_draws_are_within_their_ranges(worker, base):
 def test_a_base_whose_half_cannot_be_is_refused(worker, base):
     with pytest.raises(worker.InputError, match="no layer is left"):
         worker.sweep_definition(base.replace(aspect_ratio=32), 3)
+    with pytest.raises(worker.InputError, match="n_head=4: must be a multiple of 8"):
+        worker.sweep_definition(base.replace(n_head=4), 3)
 
 
 @pytest.mark.parametrize(
     ("suggestion", "words"),
     [
-        (dict(heads_per_kv=3), "heads_per_kv=3: must divide 2"),
+        (dict(heads_per_kv=3), "heads_per_kv=3: must divide 8"),
+        (dict(head_dim=12), "n_embd=32: must be a multiple of head_dim=12"),
         (dict(heads_per_kv=0), "heads_per_kv=0"),
-        (dict(head_dim=15), "head_dim=15: must be even"),
+        (dict(head_dim=1, n_embd=4), "head_dim=1: must be even"),
         (dict(learning_rate=-1.0), "learning_rate=-1.0: must be positive"),
         (dict(learning_rte=1.0), "did you mean 'learning_rate'"),
     ],
@@ -137,7 +140,7 @@ def test_a_search_without_an_account(worker, base, capsys):
     rows = worker.local_search(base, 2)
     failed = worker.run_trial(base, worker.wandb.init(mode="offline", dir=base.run_dir), dict(heads_per_kv=7))
     worker.wandb.finish()
-    assert failed["val_bpb"] is None and "heads_per_kv=7: must divide 2" in failed["failure"]
+    assert failed["val_bpb"] is None and "heads_per_kv=7: must divide 8" in failed["failure"]
     assert rows[0]["learning_rate"] == base.learning_rate and not rows[0]["failure"]
     folder = Path(base.run_dir)
     for row in rows:
@@ -213,7 +216,7 @@ def test_two_workers_share_a_sweep(tmp_path):
     assert set(names) | {"run1"} == {"run0", "run1", "run2", "run3"} and len(names) == len(set(names))
     assert sorted(server.handed) == ["run0", "run1", "run2", "run3"] and len(server.agents) == 2
     everything = "".join(out)
-    assert "trial run1 failed: heads_per_kv=3: must divide 2" in everything
+    assert "trial run1 failed: heads_per_kv=3: must divide 8" in everything
     assert all(row["val_bpb"] > 1 for rows in done for name, row in rows.items() if name != "run1")
     assert KEY not in everything
     for home in homes:
@@ -242,7 +245,8 @@ def test_a_sweep_is_created_stopped_and_survives_a_server_that_is_away(tmp_path)
     for name in ("run0", "run1"):
         assert done[name]["val_bpb"] is None and "stopped by the sweep" in done[name]["failure"], out
         lines = (home / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        assert 0 < len(lines) < 100 and not (home / "runs" / name / "checkpoints").exists()
+        assert len(lines) < 100 and not (home / "runs" / name / "checkpoints").exists()
+    assert (home / "runs" / "run0" / "metrics.jsonl").stat().st_size  # it had begun
     assert "no trial came to its end" in out
 
 
@@ -267,7 +271,7 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
     """wandb.Api reads trials of other machines: those that ended are ranked, the others counted, with their reasons."""
     suggestion = worker.base_suggestion(base)
     ended_run = ("finished", {**suggestion, "trial": {}}, {"val_bpb": 1.5, "step": 20}, [(10, 2.0), (20, 1.5)])
-    reason = {"failure": "heads_per_kv=3: must divide 2"}
+    reason = {"failure": "heads_per_kv=3: must divide 8"}
     results = {
         "far": ended_run,
         "best": ("finished", {**suggestion, "learning_rate": 0.002}, {"val_bpb": 1.25}, [(20, 1.25)]),
@@ -281,7 +285,7 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
         with pytest.raises(worker.InputError, match="wandb: cannot read the sweep"):
             worker.fetch_rows("nosuch", "project", "me")
     assert [row["name"] for row in rows] == list(results)
-    assert [row["failure"] for row in rows] == ["", "", "heads_per_kv=3: must divide 2", "crashed"]
+    assert [row["failure"] for row in rows] == ["", "", "heads_per_kv=3: must divide 8", "crashed"]
     assert rows[0]["curve"] == [(10, 2.0), (20, 1.5)] and "trial" not in rows[0]
     assert [row["name"] for row in worker.ranked(rows)] == ["best", "far"]
     worker.show_winner(base, rows)

@@ -1947,7 +1947,8 @@ def evaluate(config, params, batches):
 #
 # One compiled loop serves every prompt: at each position the model reads one token, appends its keys and values to a
 # cache, and predicts the next; as long as the prompt lasts, the prediction is replaced by the prompt's own token. So a
-# prompt of any length costs no compilation.
+# prompt of any length costs no compilation. Which token follows is drawn: at temperature 0 the likeliest, else one of
+# the `top_k` likeliest, of which only as many stay as make up `top_p` of the probability.
 
 
 # %% Decode tags=["shared"]
@@ -1975,16 +1976,24 @@ def decode_token(config, weights, cache, tokens, position):
 
 
 # %% Sample tags=["shared"]
-def pick_token(key, logits, temperature, top_k):
-    """Samples [B] ids from logits [B, V] among the top_k, or takes the largest where temperature is 0."""
-    kth = jnp.take_along_axis(jnp.sort(logits, axis=-1), logits.shape[-1] - top_k[None, None], axis=-1)
-    scaled = jnp.where(logits < kth, -jnp.inf, logits) / jnp.maximum(temperature, 1e-6)
-    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), jax.random.categorical(key, scaled))
+def pick_token(key, logits, temperature, top_k, top_p):
+    """Samples [B] ids from logits [B, V] over the temperature; the likeliest where that is 0.
+
+    Kept are the top_k likeliest, and of them those before which less than top_p of the probability lies (nucleus
+    sampling, Holtzman et al. 2020).
+    """
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    ordered = -jnp.sort(-scaled, axis=-1)
+    probs = jax.nn.softmax(jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf), axis=-1)
+    kept = jnp.sum((jnp.cumsum(probs, axis=-1) - probs < top_p) & (probs > 0), axis=-1, keepdims=True)
+    least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+    drawn = jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled))
+    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn)
 
 
 @jax.jit
-def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k):
-    """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` or its first `stop` token."""
+def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k, top_p):
+    """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` [B] or its first `stop` token."""
     weights = cast_weights(config, params)
     shape = (tokens.shape[0], config.kv_heads, config.seq_len, config.head_dim)
     cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
@@ -1996,7 +2005,7 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
     def step(carry):
         position, tokens, cache, done = carry
         logits, cache = decode_token(config, weights, cache, tokens[:, position], position)
-        following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k)
+        following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k, top_p)
         in_prompt = position + 1 < lengths
         following = jnp.where(in_prompt, tokens[:, position + 1], jnp.where(done, stop, following))
         done = done | ((following == stop) | (position + 2 >= end)) & ~in_prompt
@@ -2006,34 +2015,58 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
     return jax.lax.while_loop(unfinished, step, start)[1]
 
 
-def generate(config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, seed=0):
+def generate_tokens(config, params, prompts, stop, *, max_new_tokens, temperature, top_k, top_p, seed):
+    """The new tokens of each prompt, lists of ids: up to `stop` (left out) or max_new_tokens. See generate."""
+    T, key, new = config.seq_len, jax.random.key(seed), [[] for _ in prompts]
+    left = [max_new_tokens] * len(prompts)
+    for window in itertools.count():
+        tokens, spans = np.full((len(prompts), T), stop, np.int32), []
+        for row, prompt, more, count in zip(tokens, prompts, new, left, strict=True):
+            ids = [stop, *prompt, *more]
+            ids = ids if len(ids) < T else [stop, *ids[-(T // 2) :]]
+            row[: len(ids)] = ids
+            spans.append((len(ids), min(len(ids) + count, T)))
+        lengths, ends = np.array(spans, np.int32).T
+        out = sample_tokens(
+            config, params, tokens, lengths, ends, stop, jax.random.fold_in(key, window), np.float32(temperature),
+            np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
+        )  # fmt: skip
+        for i, (row, (start, end)) in enumerate(zip(np.asarray(out), spans, strict=True)):
+            ids = list(itertools.takewhile(lambda token: token != stop, row[start:end].tolist()))
+            new[i] += ids
+            left[i] = left[i] - len(ids) if len(ids) == end - start else 0
+        if not any(left):
+            return new
+
+
+def generate(
+    config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, top_p=1.0, seed=0, speed=False
+):
     """The prompt and its continuation, up to BOS or max_new_tokens. A list of prompts is continued as one batch.
 
-    temperature 0 is greedy. Prompt and continuation share one context of T tokens: at most T − 2 tokens are generated,
-    and of a prompt that leaves no room for them only the end is read.
+    temperature 0 is greedy. A context holds T tokens. When it is full, generation goes on in a new one that begins with
+    BOS and the last T/2 tokens, and what came before is forgotten; of a prompt that fills it, the same part is read.
+    `speed` prints the new tokens per second.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    T, bos = config.seq_len, tokenizer.encode_single_token("<|bos|>")
     require(prompts, "prompt", prompt, "must be a text, or a list of at least one")
     require(max_new_tokens > 0, "max_new_tokens", max_new_tokens, "must be positive")
-    max_new_tokens = min(max_new_tokens, T - 2)
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(top_k > 0, "top_k", top_k, "must be positive")
-    tokens, lengths = np.full((len(prompts), T), bos, np.int32), []
-    for row, text in zip(tokens, prompts, strict=True):
-        ids = [bos, *tokenizer.encode_ordinary(text)[-(T - 1 - max_new_tokens) :]]
-        row[: len(ids)] = ids
-        lengths.append(len(ids))
-    lengths = np.array(lengths, np.int32)
-    out = sample_tokens(
-        config, params, tokens, lengths, lengths + max_new_tokens, bos, jax.random.key(seed),
-        np.float32(temperature), np.int32(min(top_k, config.vocab_size)),
+    require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
+    started = time.perf_counter()
+    new = generate_tokens(
+        config, params, [tokenizer.encode_ordinary(text) for text in prompts],
+        tokenizer.encode_single_token("<|bos|>"), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed,
     )  # fmt: skip
-    texts = []
-    for text, row, length in zip(prompts, np.asarray(out), lengths, strict=True):
-        new = row[length : length + max_new_tokens].tolist()
-        new = [token for token in itertools.takewhile(lambda token: token != bos, new) if token < tokenizer.n_vocab]
-        texts.append(text + tokenizer.decode(new))
+    if speed:
+        count, seconds = sum(len(ids) for ids in new), time.perf_counter() - started
+        print(f"{count:,} new tokens in {seconds:.1f} s: {count / seconds:,.0f} tok/s; the first call compiles")
+    texts = [
+        text + tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
+        for text, ids in zip(prompts, new, strict=True)
+    ]
     return texts[0] if isinstance(prompt, str) else texts
 
 

@@ -47,7 +47,7 @@ def uncached(nb, config, params, ids, count):
     return ids
 
 
-def sampled(nb, config, params, prompts, end, *, temperature=0.0, top_k=300, seed=0, stop=-1):
+def sampled(nb, config, params, prompts, end, *, temperature=0.0, top_k=300, top_p=1.0, seed=0, stop=-1):
     """sample_tokens on rows of token ids, as a numpy array."""
     tokens = np.zeros((len(prompts), config.seq_len), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -55,7 +55,7 @@ def sampled(nb, config, params, prompts, end, *, temperature=0.0, top_k=300, see
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     out = nb.sample_tokens(
         config, params, tokens, lengths, np.full(len(prompts), end, np.int32), stop, jax.random.key(seed),
-        np.float32(temperature), np.int32(top_k),
+        np.float32(temperature), np.int32(top_k), np.float32(top_p),
     )  # fmt: skip
     return np.asarray(out)
 
@@ -111,7 +111,16 @@ def test_one_compilation_for_every_request(nb, tokenizer):
     nb.generate(config, params, tokenizer, "a", max_new_tokens=3)
     before = nb.sample_tokens._cache_size()
     for i, prompt in enumerate([*PROMPTS, "x" * 200]):
-        nb.generate(config, params, tokenizer, prompt, max_new_tokens=1 + i, temperature=i / 4, top_k=1 + i, seed=i)
+        nb.generate(
+            config,
+            params,
+            tokenizer,
+            prompt,
+            max_new_tokens=1 + 20 * i,
+            temperature=i / 4,
+            top_k=1 + i,
+            top_p=1 / (i + 1),
+        )
     assert nb.sample_tokens._cache_size() == before
 
 
@@ -155,48 +164,73 @@ def test_a_seed_is_a_text(nb, tokenizer):
     assert len(set(texts)) == 5
 
 
-def test_picks_follow_temperature_and_top_k(nb):
+def test_picks_follow_temperature_top_k_and_top_p(nb):
     """20,000 draws from known logits: frequencies within 5 standard deviations (0.0035 each at most) of the softmax
-    of the k largest over the temperature, and never another token."""
-    logits = jnp.asarray([2.0, 0.0, 1.0, -1.0, 1.5])
+    of those that are kept over the temperature, and never another token.
+
+    At temperature 1 the probabilities are 0.43, 0.06, 0.16, 0.02, 0.26 and 0.07.
+    """
+    logits = jnp.asarray([2.0, 0.0, 1.0, -1.0, 1.5, 0.2])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    for temperature, top_k in ((1.0, 5), (0.5, 3), (2.0, 2)):
-        pick = jax.vmap(lambda key: nb.pick_token(key, logits[None], np.float32(temperature), np.int32(top_k))[0])  # noqa: B023
-        have = np.bincount(np.asarray(jax.jit(pick)(keys)), minlength=5) / len(keys)
-        kept = np.argsort(-np.asarray(logits))[:top_k]
-        want = np.zeros(5)
+    for temperature, top_k, top_p, count in (
+        (1.0, 6, 1.0, 6), (0.5, 3, 1.0, 3), (2.0, 2, 1.0, 2), (1.0, 6, 0.6, 2), (1.0, 6, 0.72, 3), (1.0, 6, 1e-6, 1),
+        (1.0, 2, 0.6, 1), (1.0, 2, 0.65, 2), (4.0, 6, 0.65, 4),
+    ):  # fmt: skip
+
+        def pick(key, t=temperature, k=top_k, p=top_p):
+            return nb.pick_token(key, logits[None], np.float32(t), np.int32(k), np.float32(p))[0]
+
+        have = np.bincount(np.asarray(jax.jit(jax.vmap(pick))(keys)), minlength=6) / len(keys)
+        kept = np.argsort(-np.asarray(logits))[:count]
+        want = np.zeros(6)
         want[kept] = np.exp(np.asarray(logits)[kept] / temperature)
         np.testing.assert_allclose(have, want / want.sum(), atol=0.018)
-        assert (have > 0).sum() == top_k
+        assert (have > 0).sum() == count, (temperature, top_k, top_p)
 
 
-def test_of_a_long_prompt_the_end_is_read(nb, tokenizer):
-    """As much of it as fits beside BOS and the new tokens; the text still begins with all of it."""
+def windows(nb, config, params, bos, ids, count):
+    """generate's rule, without a cache: when T tokens are there, BOS and the last T/2 begin the next context."""
+    T, new, context = config.seq_len, [], [bos, *ids]
+    while len(new) < count:
+        if len(context) >= T:
+            context = [bos, *context[-(T // 2) :]]
+        room = min(count - len(new), T - len(context))
+        longer = uncached(nb, config, params, context, room)
+        new, context = new + longer[len(context) :], longer
+    return new
+
+
+@pytest.mark.parametrize("prompt", ["a", "the quick brown fox " * 30])
+def test_past_the_context(nb, tokenizer, prompt):
+    """Four contexts' worth of tokens by the rule of the docstring, token for token; the text begins with the prompt."""
     config = small_config(nb)
-    params = shaken(nb, config, tokenizer)
-    kept = "the quick brown fox jumps over the lazy dog "  # 27 tokens fit: 48, less BOS and 20 to come
-    ids = tokenizer.encode_ordinary("0" * 500 + kept)
-    end = tokenizer.decode(ids[-27:])
-    long = nb.generate(config, params, tokenizer, "0" * 500 + kept, max_new_tokens=20, temperature=0)
-    short = nb.generate(config, params, tokenizer, end, max_new_tokens=20, temperature=0)
-    assert tokenizer.encode_ordinary(end) == ids[-27:]
-    assert long == "0" * 500 + kept + short.removeprefix(end) and len(long) > 544
+    params, bos = shaken(nb, config, tokenizer, seed=1), tokenizer.encode_single_token("<|bos|>")
+    want = windows(nb, config, params, bos, tokenizer.encode_ordinary(prompt), 4 * config.seq_len)
+    text = nb.generate(config, params, tokenizer, prompt, max_new_tokens=len(want), temperature=0)
+    assert text == prompt + tokenizer.decode(want)
+    assert len(set(want[-config.seq_len :])) > 20
 
 
-def test_the_whole_context_can_be_filled(nb, tokenizer):
-    """BOS, one token of the prompt and T − 2 new ones; whoever asks for more gets these."""
+def test_rows_reach_the_end_of_the_context_apart(nb, tokenizer):
+    """A batch in which one prompt fills its context rounds before the other is still its prompts, one by one."""
     config = small_config(nb)
-    params, bos = shaken(nb, config, tokenizer), tokenizer.encode_single_token("<|bos|>")
-    want = uncached(nb, config, params, [bos, ord("a")], config.seq_len - 2)
-    for count in (config.seq_len - 2, config.seq_len, 10_000):
-        text = nb.generate(config, params, tokenizer, "a", max_new_tokens=count, temperature=0)
-        assert text == "a" + tokenizer.decode(want[2:])
+    params = shaken(nb, config, tokenizer, seed=1)
+    prompts = ["a", "the quick brown fox jumps over the laz"]
+    batch = nb.generate(config, params, tokenizer, prompts, max_new_tokens=60, temperature=0)
+    assert batch == [nb.generate(config, params, tokenizer, p, max_new_tokens=60, temperature=0) for p in prompts]
+
+
+def test_speed_is_said(nb, tokenizer, capsys):
+    config = small_config(nb)
+    nb.generate(config, shaken(nb, config, tokenizer), tokenizer, ["a", "b"], max_new_tokens=7, speed=True)
+    assert capsys.readouterr().out.startswith("14 new tokens in ")
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [({"max_new_tokens": 0}, r"max_new_tokens=0: must be positive"), ({"top_k": 0}, r"top_k=0: must be positive"),
      ({"temperature": -0.1}, r"temperature=-0.1: must not be negative"), ({"temperature": float("nan")}, r"=nan: "),
+     ({"top_p": 0}, r"top_p=0: must be above 0"), ({"top_p": 1.5}, r"top_p=1.5: must be above 0 and at most 1"),
      ({"prompt": []}, r"prompt=\[\]: .*at least one")],
 )  # fmt: skip
 def test_bad_arguments(nb, tokenizer, bad, message):

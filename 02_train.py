@@ -69,11 +69,13 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib.util
 import itertools
 import json
 import lzma
 import math
+import netrc
 import os
 import platform
 import queue
@@ -88,7 +90,9 @@ import tempfile
 import threading
 import time
 import types
+import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,7 +274,10 @@ class BaseConfig:
     save_interval: int = free(5000)
     keep_checkpoints: int = free(2)  # the newest ones; the best is kept as well
     backup: str = free("")  # where each checkpoint is copied: a folder, such as a mounted Drive, or 'hub' = hf_repo_id
-    profile_steps: int = free(3)  # steps in the middle of the run that are traced for XProf
+    profile_start: int = free(15)  # the first step that is traced for XProf
+    profile_steps: int = free(5)  # how many are; 0 = none
+    wandb_mode: str = free("auto")  # online | offline | disabled; auto = online if there is a key, else disabled
+    wandb_project: str = free("tpuchat")
     eval_tokens: int = free(524_288)  # validation tokens of a periodic evaluation
     final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
 
@@ -289,7 +296,15 @@ class BaseConfig:
             self.softcap,
             "must be at most 70: the loss takes exp of the logits as they are",
         )
-        for name in ("log_interval", "eval_interval", "sample_interval", "save_interval", "profile_steps", "seed"):
+        for name in (
+            "log_interval",
+            "eval_interval",
+            "sample_interval",
+            "save_interval",
+            "profile_start",
+            "profile_steps",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
             value = getattr(self, name)
@@ -326,6 +341,8 @@ class BaseConfig:
             self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"must be one of {', '.join(dtypes)}"
         )
         require(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
+        modes = ("auto", "online", "offline", "disabled")
+        require(self.wandb_mode in modes, "wandb_mode", self.wandb_mode, f"must be one of {', '.join(modes)}")
         if self.attn_impl in ("splash", "pallas"):
             check_block_size(self.splash_block_size, self.seq_len)
         if self.attn_impl == "fused":
@@ -1675,14 +1692,18 @@ def forward(config, params, tokens):
 
 
 # %% Counts tags=["shared"]
+def part_of(path):
+    """The part of the model, embed, attn, mlp or lm_head, that a parameter belongs to, by its path in the tree."""
+    name = path[-1].key
+    return name if name in ("embed", "lm_head") else "mlp" if name in ("gate", "up", "down") else "attn"
+
+
 def count_params(config):
     """Exact parameter counts by part. 'attn' includes the two residual scalars of each layer."""
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     sizes = collections.Counter()
     for path, weight in jax.tree_util.tree_leaves_with_path(params):
-        name = path[-1].key
-        part = name if name in ("embed", "lm_head") else "mlp" if name in ("gate", "up", "down") else "attn"
-        sizes[part] += weight.size
+        sizes[part_of(path)] += weight.size
     return {part: sizes[part] for part in ("embed", "attn", "mlp", "lm_head")} | {"total": sizes.total()}
 
 
@@ -1815,6 +1836,16 @@ def scheduled_lr(hyper, step):
     return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
 
 
+def adam_direction(hyper, t, mu, nu):
+    """Adam's step of size 1 down the gradient, from the moments after update t = 1, 2, …."""
+    return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
+
+
+def is_decayed(path, p):
+    """Weight decay is for matrices, not for the embedding and not for scalars."""
+    return p.ndim > 1 and path[0].key != "embed"
+
+
 def adamw(hyper, state, grads, learning_rate):
     """(params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
     b1, b2, t = hyper["beta1"], hyper["beta2"], state.step + 1
@@ -1823,8 +1854,8 @@ def adamw(hyper, state, grads, learning_rate):
     nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, grads)
 
     def update(path, p, m, n):
-        direction = (m / (1 - b1**t)) / (jnp.sqrt(n / (1 - b2**t)) + hyper["eps"])
-        if p.ndim > 1 and path[0].key != "embed":
+        direction = adam_direction(hyper, t, m, n)
+        if is_decayed(path, p):
             direction += hyper["weight_decay"] * p
         return p - learning_rate * direction
 
@@ -1896,6 +1927,27 @@ def train_step(config, state, tokens, targets):
 
 
 # %% [markdown]
+# How large are the weights of each part, and how far did the last step move them? Their ratio is the first thing to
+# look at when a run misbehaves: about 0.001 is healthy. The update is computed once more, from the moments that the
+# step has left, so that only steps which are logged pay for it: a pass over three arrays, where a step makes dozens.
+
+
+# %% Norms tags=["shared"]
+@jax.jit
+def state_norms(state):
+    """{'param_norm/attn': …, 'update_norm/attn': …} of each part after a step, and of the update that it was."""
+    hyper, learning_rate, squares = state.hyper, scheduled_lr(state.hyper, state.step - 1), collections.Counter()
+    leaves = (jax.tree.leaves(tree) for tree in (state.mu, state.nu))
+    for (path, p), m, n in zip(jax.tree_util.tree_leaves_with_path(state.params), *leaves, strict=True):
+        decay = learning_rate * hyper["weight_decay"] if is_decayed(path, p) else 0.0
+        step = learning_rate * adam_direction(hyper, state.step, m, n)
+        update = step + decay * (p + step) / (1 - decay)  # p + update is what the weight was
+        squares[f"param_norm/{part_of(path)}"] += jnp.sum(jnp.square(p))
+        squares[f"update_norm/{part_of(path)}"] += jnp.sum(jnp.square(update))
+    return {name: jnp.sqrt(value) for name, value in squares.items()}
+
+
+# %% [markdown]
 # ## Evaluate
 #
 # Nats per token depend on the tokenizer, so they cannot be compared between tokenizers. **Bits per byte** can: the
@@ -1927,19 +1979,75 @@ def validation_batches(config, tokenizer, path, max_tokens=-1):
 
 @jax.jit
 def evaluation_step(config, params, tokens, targets):
-    """Sum of the losses, nats, of the targets that are not −1."""
+    """Loss of each target, nats, float32 [B, T]; 0 where the target is −1."""
     losses = token_losses(config, params, tokens, jnp.maximum(targets, 0))
-    return jnp.sum(jnp.where(targets < 0, 0, losses))
+    return jnp.where(targets < 0, 0, losses)
 
 
 def evaluate(config, params, batches):
-    """{'loss': nats per token, 'bpb': bits per byte} on the batches of validation_batches."""
+    """{'loss': nats per token, 'bpb': bits per byte, 'by_position': loss at each place in the context, [T]} on the
+    batches of validation_batches."""
     weights = cast_weights(config, params)
-    sums = [evaluation_step(config, weights, tokens, targets) for tokens, targets, _ in batches]
-    nats = float(np.sum(jax.device_get(sums), dtype=np.float64))
-    count = sum(int((targets >= 0).sum()) for _, targets, _ in batches)
+    losses = [evaluation_step(config, weights, tokens, targets) for tokens, targets, _ in batches]
+    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in jax.device_get(losses))
+    count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
-    return {"loss": nats / count, "bpb": nats / math.log(2) / n_bytes}
+    by_position = nats / np.maximum(count, 1)
+    return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
+
+
+# %% [markdown]
+# One number hides two things worth seeing. **Loss by position**: the first tokens of a context are guessed from
+# nothing, later ones from what came before, and the curve shows how far back the model makes use of it. **Surprise**:
+# the bits that each token of a passage cost.
+
+
+# %% Beyond one number tags=["shared"]
+def plot_positions(by_position, path):
+    """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
+    from matplotlib.figure import Figure
+
+    edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).astype(int)) - 1
+    means = [by_position[a:b].mean() for a, b in itertools.pairwise(edges)]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(means, edges + 1, baseline=None, color="tab:blue")
+    axes.set(xscale="log", xlabel="position in the context", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def surprise(config, params, tokenizer, text):
+    """[(bytes of a token, its bits)] of the first T tokens of a text, each given BOS and those before it."""
+    ids = encode_document(tokenizer, text)[: config.seq_len + 1]
+    shape = config.device_batch_size, config.seq_len  # the shape of an evaluation: nothing is compiled
+    tokens, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
+    losses = np.asarray(evaluation_step(config, cast_weights(config, params), tokens, targets))[0]
+    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids[1:]]
+    return [(piece, float(loss) / math.log(2)) for piece, loss in zip(pieces, losses, strict=False)]
+
+
+def surprise_html(found):
+    """What surprise returned as HTML: the redder a token, the more bits; the pointer shows how many.
+
+    A character that is split between tokens is shown by the last of them, with the bits of all.
+    """
+    spans, held, bits = [], b"", 0.0
+    for piece, cost in found:
+        held, bits = held + piece, bits + cost
+        try:
+            text = held.decode()
+        except UnicodeDecodeError:
+            if len(held) < 4:
+                continue
+            text = held.decode(errors="replace")
+        color = f"rgba(220, 50, 30, {min(bits, 16) / 20:.2f})"
+        words = html.escape(text).replace("\n", "↵<br>")
+        spans.append(f'<span title="{bits:.1f} bits" style="background: {color}">{words}</span>')
+        held, bits = b"", 0.0
+    style = "font: 15px/1.7 Georgia, serif; color: #111; background: #fff; padding: 1em; max-width: 50em"
+    return f'<div style="{style}">{"".join(spans)}</div>\n'
 
 
 # %% [markdown]
@@ -2177,7 +2285,8 @@ def differences(saved, config, ignore):
     return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
 
 
-META_TYPES = {"step": int, "config": dict, "files": dict, "loader": dict, "finished": bool, "best": (dict, type(None))}
+META_TYPES = {"step": int, "config": dict, "files": dict, "loader": dict, "finished": bool, "best": (dict, type(None)),
+              "wandb": (str, type(None))}  # fmt: skip
 
 
 def is_number(value):
@@ -2196,6 +2305,8 @@ def read_meta(path):
         raise ValueError(f"meta.json says step {meta['step']}")
     if meta.get("best") and not all(is_number(meta["best"].get(name)) for name in ("step", "val_loss", "val_bpb")):
         raise ValueError(f"meta.json says best {meta['best']!r}")
+    if meta.get("wandb") and not re.fullmatch(r"[\w-]{1,64}", meta["wandb"]):
+        raise ValueError(f"meta.json says wandb {meta['wandb']!r}")
     if not {"state.safetensors"} <= set(meta["files"]) <= {"state.safetensors", "metrics.jsonl"}:
         raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
     for name, facts in meta["files"].items():
@@ -2402,8 +2513,8 @@ class Checkpointer:
 # These do not change what is learned, but for the last two, which may save a run: it may be resumed with other values.
 HOST_FIELDS = (
     "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
-    "sample_interval", "save_interval", "profile_steps", "eval_tokens", "final_eval_tokens", "keep_checkpoints",
-    "backup", "grad_clip", "nonfinite",
+    "sample_interval", "save_interval", "profile_start", "profile_steps", "eval_tokens", "final_eval_tokens",
+    "keep_checkpoints", "backup", "wandb_mode", "wandb_project", "grad_clip", "nonfinite",
 )  # fmt: skip
 
 
@@ -2468,7 +2579,8 @@ def plot_loss(run):
     if train:
         steps, losses = np.array(train).T
         span = max(1, len(losses) // 10)
-        smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
+        sums = np.concatenate([np.zeros(span + 1), np.cumsum(losses)])
+        smooth = (sums[span + 1 :] - sums[: -span - 1]) / np.minimum(np.arange(len(losses)) + 1, span + 1)
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
         axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
     if validation:
@@ -2538,6 +2650,101 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
+# %% Log to wandb tags=["shared"]
+def wandb_url():
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def wandb_key():
+    """The key of wandb, or None: Colab's secret or environment variable WANDB_API_KEY, else what `wandb login` left."""
+    key = get_secret("WANDB_API_KEY")
+    if not key:
+        with contextlib.suppress(OSError, netrc.NetrcParseError, TypeError):
+            key = netrc.netrc().authenticators(wandb_url().split("//")[1])[2]
+    return key
+
+
+def ask_wandb(what, call):
+    """call(), with what goes wrong at wandb as an InputError."""
+    import wandb
+
+    try:
+        return call()
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"wandb: cannot {what} at {wandb_url()}: {reason}") from error
+
+
+def log_in(key):
+    """InputError, within seconds, if wandb cannot be reached or does not know the key."""
+    import wandb
+
+    try:
+        urllib.request.urlopen(wandb_url(), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers, if only that this is no page
+    except OSError as error:
+        raise InputError(f"wandb: cannot reach {wandb_url()}: {error}") from error
+    os.environ.setdefault("WANDB_API_KEY", key)  # for wandb's own process
+    ask_wandb("log in", lambda: wandb.login(key=key, verify=True, relogin=True))
+
+
+def open_wandb(config, run, name):
+    """The wandb run `name`, or a new one for None, that goes with a run folder; None where wandb_mode is disabled.
+
+    With 'auto', what is wrong with wandb is said, and training goes on without it; with 'online' it is an InputError.
+    """
+    key, mode = wandb_key(), config.wandb_mode
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "online" if key else "disabled")
+    if mode == "disabled":
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError(f"wandb_mode={config.wandb_mode!r}: wandb is not installed; pip install wandb")
+    import wandb
+
+    if mode == "online":
+        require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
+        try:
+            log_in(key)
+        except InputError as error:
+            if config.wandb_mode != "auto":
+                raise
+            print(f"{error}; training goes on without it", flush=True)
+            return None
+    live = wandb.init(
+        mode=mode, project=config.wandb_project, id=name, resume="allow", name=run.name, dir=run,
+        config=dataclasses.asdict(config), settings=wandb.Settings(silent=mode == "offline"),
+    )  # fmt: skip
+    live.define_metric("*", step_metric="step")
+    return live
+
+
+@contextlib.contextmanager
+def wandb_run(config, run, name):
+    """open_wandb, closed in the end; marked as failed if an error ends it."""
+    live = open_wandb(config, run, name)
+    try:
+        yield live
+    except BaseException:
+        if live:
+            live.finish(exit_code=1)
+        raise
+    if live:
+        live.finish()
+
+
+def log_files(live, run, checkpoint):
+    """Sends the loss curve, and the last checkpoint as an artifact, to a wandb run."""
+    import wandb
+
+    live.log({"loss curve": wandb.Image(str(run / "loss.png"))})
+    if checkpoint:
+        artifact = wandb.Artifact(f"{run.name}-checkpoint", type="model")
+        artifact.add_dir(str(checkpoint), policy="immutable")  # not copied first: nobody writes to it any more
+        live.log_artifact(artifact)
+
+
 # %% Run log tags=["shared"]
 def cut_samples(path, step):
     """Drops from samples.txt what a run that goes on from `step` will write again."""
@@ -2551,12 +2758,14 @@ class Diverged(InputError):
 
 
 class RunLog:
-    """Metrics of a run, to metrics.jsonl, TensorBoard, and a progress bar (plain lines where nobody watches)."""
+    """Metrics of a run, to metrics.jsonl, TensorBoard, wandb if it is given, and a progress line that a reader sees
+    change in place; plain lines where nobody watches. In a notebook the loss curve is drawn anew from time to time."""
 
-    def __init__(self, config, run, step, report=None):
-        from tensorboard.summary import DirectoryOutput, Writer
+    def __init__(self, config, run, step, report=None, wandb_run=None):
+        from tensorboard.plugins.hparams import summary_v2 as hparams
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.report = report or (lambda step, values: None)
+        self.report, self.wandb = report or (lambda step, values: None), wandb_run
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         self.skips = config.nonfinite == "skip"
         rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
@@ -2564,52 +2773,82 @@ class RunLog:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         cut_samples(run / "samples.txt", step)
-        self.tensorboard = Writer(DirectoryOutput(str(run)))
+        self.events = EventFileWriter(str(run), flush_secs=10)
+        self.add_event(hparams.hparams_pb(dataclasses.asdict(config)), 0)
         self.live = someone_watches()
         self.bar = tqdm(
             total=self.total, initial=step, disable=not self.live,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
         self.meter = Meter(config)
-        self.unread = collections.deque()  # (step, metrics on the device, where its batch is from), of every step
+        self.times = collections.Counter()  # seconds of what is not training
+        self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
         self.due = 0  # how many of them are to be read the next time
-        self.last = {}
+        self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
+        self.picture, self.drawn = None, time.perf_counter()
+
+    def add_event(self, summary, step):
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def write(self, step, **values):
-        """One line of metrics.jsonl, and a TensorBoard scalar for each value that is not None."""
+        """One line of metrics.jsonl, and a scalar for each value that is not None."""
+        from tensorboard.plugins.scalar import summary_v2 as scalar
+
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.report(step, values)
+        if self.wandb:
+            self.wandb.log({"step": step, **values})
         for name, value in values.items():
             if value is not None:
-                self.tensorboard.add_scalar(name, np.float32(value), step)
+                self.add_event(scalar.scalar_pb(name, np.float32(value)), step)
+
+    def draw(self, seconds=0):
+        """The loss curve so far, to loss.png and, in a notebook, in place of the one before, if that is old enough."""
+        if time.perf_counter() - self.drawn < seconds:
+            return
+        plot_loss(self.run)
+        self.drawn = time.perf_counter()
+        if IN_NOTEBOOK:
+            from IPython.display import Image, display
+
+            picture = Image(str(self.run / "loss.png"))
+            if self.picture:
+                self.picture.update(picture)
+            else:
+                self.picture = display(picture, display_id=True)
 
     def say(self, text):
         tqdm.write(text)
         sys.stdout.flush()
 
-    def train_step(self, step, metrics, batch=""):
+    def train_step(self, step, metrics, batch="", waited=0.0):
         """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before.
 
         `batch`: the words for its documents, should its loss not be a number: Diverged is raised then, or it is said.
+        `waited`: seconds of waiting for data, of all steps so far.
         """
         self.done = step + 1
         self.bar.update()
-        self.unread.append((step, metrics, batch))
+        self.unread.append((step, metrics, batch, waited))
         if due(step, self.interval or 100):
             self._read(self.due)
             self.due = len(self.unread)
 
     def _read(self, count):
         entries = [self.unread.popleft() for _ in range(count)]
-        values = jax.device_get([metrics for _, metrics, _ in entries])
+        values = jax.device_get([metrics for _, metrics, *_ in entries])
         bad = 0
-        for (step, _, batch), metrics in zip(entries, values, strict=True):
+        for (step, _, batch, waited), metrics in zip(entries, values, strict=True):
             metrics = {name: float(x) for name, x in metrics.items()}
             if not math.isfinite(sum(metrics.values())):
                 bad += 1
                 self._not_finite(step, metrics, batch, stop=not self.skips or bad == len(entries) > 1)
-            elif due(step, self.interval):
-                self._show(step, metrics)
+                continue
+            self.smooth, self.weight = 0.95 * self.smooth + 0.05 * metrics["loss"], 0.95 * self.weight + 0.05
+            if due(step, self.interval):
+                self._show(step, metrics, waited)
         self.due = 0
 
     def _not_finite(self, step, metrics, batch, stop):
@@ -2619,13 +2858,17 @@ class RunLog:
             return
         raise Diverged(what)
 
-    def _show(self, step, metrics):
+    def _show(self, step, metrics, waited):
         rates = self.meter.seen(step + 1)
-        self.last = {**metrics, **rates}
+        self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
+        self.waited = waited
         self.write(step, **self.last)
+        if IN_NOTEBOOK:
+            self.draw(seconds=20)
         if rates["tokens_per_second"]:
             left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
-            line = f"loss {metrics['loss']:.3f}, {show_rates(**rates)}, {left} left"
+            loss = f"loss {metrics['loss']:.3f}, smoothed {self.smooth / self.weight:.3f}"
+            line = f"{loss}, lr {metrics['learning_rate']:.1e}, {show_rates(**rates)}, {left} left"
             self.bar.set_postfix_str(line, refresh=False)
             if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
                 self.say(f"{self.at(step)}  {line}")
@@ -2634,12 +2877,15 @@ class RunLog:
         return f"step {step:>{len(str(self.total))}}/{self.total}"
 
     @contextlib.contextmanager
-    def paused(self, state):
-        """Waits for the device to finish its steps; what happens inside is not counted as training time."""
+    def paused(self, state, what):
+        """Waits for the device to finish its steps. What happens inside is counted as `what`, not as training."""
         self._read(len(self.unread))
         jax.block_until_ready(state.step)
         self.meter.seen(self.done)
-        yield
+        started = time.perf_counter()
+        with jax.profiler.TraceAnnotation(what):
+            yield
+        self.times[what] += time.perf_counter() - started
         self.meter.restart()
 
     def validation(self, result):
@@ -2649,12 +2895,20 @@ class RunLog:
     def samples(self, texts):
         with (self.run / "samples.txt").open("a") as file:
             file.write(f"--- step {self.done}\n" + "".join(f"{text}\n\n" for text in texts))
+        from tensorboard.plugins.text import summary_v2 as text_summary
+
+        self.add_event(text_summary.text_pb("samples", texts), self.done)
+        if self.wandb:
+            import wandb
+
+            paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
+            self.wandb.log({"step": self.done, "samples": wandb.Html(paragraphs, inject=False)})
         self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
 
     def close(self):
         self.bar.close()
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
 
 
 # %% [markdown]
@@ -3155,8 +3409,8 @@ def describe_time(config, chip, seconds):
     return rate, mfu
 
 
-def describe_parts(parts, unknown):
-    """Prints the table of time per component."""
+def show_parts(parts):
+    """Prints a table of {(component, direction): seconds}."""
     total = sum(parts.values())
     rows = collections.defaultdict(dict)
     for (name, direction), seconds in parts.items():
@@ -3165,6 +3419,11 @@ def describe_parts(parts, unknown):
     for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
         forward, backward = (row.get(direction, 0) for direction in ("forward", "backward"))
         print(f"{name:>24} {1e3 * forward:9.2f} {1e3 * backward:9.2f} {(forward + backward) / total:7.1%}")
+
+
+def describe_parts(parts, unknown):
+    """Prints the table of time per component, and what it leaves out."""
+    show_parts(parts)
     print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
     print("kernels are counted from their static schedules; copies that run beside arithmetic are not counted")
     if unknown:
@@ -3274,6 +3533,91 @@ def preflight_option(argv):
 
 
 # %% [markdown]
+# ## Read a trace
+#
+# Preflight says what a step should cost; a trace says what it did. XProf notes when each operation of the compiled
+# program ran, the program knows from which named scope each of them came, and the two together give the same table as
+# preflight's, measured. Where several operations run at a time, on the cores of a CPU or the streams of a GPU, they
+# share the time between them, so the table adds up to the time in which the device was busy.
+
+
+# %% Read a trace tags=["shared"]
+def program_components(text):
+    """{name of an instruction: (component, direction)} of a compiled program's text. What the compiler made without a
+    word of its origin, a copy or a cast, goes with what it reads."""
+    program, _ = read_program(text)
+    scopes, instructions = {}, [x for body in program.values() for x in body]
+    for x in instructions:  # what is called, and what is read, comes first
+        called = re.search(r"(?:calls|to_apply)=%([^\s,]+)", x.rest)
+        inside = [scopes.get(y.name) for y in reversed(program[called[1]])] if called else []
+        name = re.search(r'op_name="([^"]*)"', x.rest)
+        found = [name and name[1], *inside, *(scopes.get(operand) for operand in x.operands)]
+        scopes[x.name] = next(filter(None, found), "")
+    return {
+        x.name: component(Op(x.name, x.opcode, scopes[x.name], 1, 0, 0, 0, x.operands, x.rest)) for x in instructions
+    }
+
+
+def traced_steps(run):
+    """([(start, end, thread, instruction)], steps) of the train steps in the newest trace of a run folder; nanoseconds.
+
+    InputError if there is none.
+    """
+    paths = sorted(Path(run).glob("profile/plugins/profile/*/*.xplane.pb"))
+    require(paths, "run_dir", str(run), "holds no trace; train with profile_steps above 0")
+    events, steps = [], 0
+    for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
+        lines = {line.name: list(line.events) for line in plane.lines}
+        steps += sum(event.name == "train" for found in lines.values() for event in found)
+        if plane.name.startswith("/device:TPU"):  # one line of programs, one of their operations
+            whole = [e for e in lines.get("XLA Modules", []) if e.name.startswith("jit_train_step")]
+            for e in lines.get("XLA Ops", []):
+                if any(module.start_ns <= e.start_ns < module.end_ns for module in whole):
+                    name = re.match(r"%?([\w.-]+)", e.name)[1]
+                    events.append((e.start_ns, e.end_ns, plane.name, name))
+            continue
+        for thread, found in lines.items():
+            for e in found:
+                facts = {name: value for name, value in e.stats if name in ("hlo_op", "hlo_module")}
+                if facts.get("hlo_module", "").startswith("jit_train_step"):
+                    events.append((e.start_ns, e.end_ns, f"{plane.name} {thread}", facts["hlo_op"]))
+    return events, steps
+
+
+def shared_time(events):
+    """{instruction: nanoseconds} of (start, end, thread, instruction): each moment goes to the innermost event of each
+    thread, in equal parts."""
+    found, open_events, last = collections.Counter(), collections.defaultdict(list), 0
+    moments = [(start, 1, i) for i, (start, *_) in enumerate(events)] + [(e[1], 0, i) for i, e in enumerate(events)]
+    for now, opens, i in sorted(moments):
+        busy = [threads[-1] for threads in open_events.values() if threads]
+        for j in busy:
+            found[events[j][3]] += (now - last) / len(busy)
+        last, stack = now, open_events[events[i][2]]
+        stack.append(i) if opens else stack.remove(i)
+    return found
+
+
+def time_by_component(config, run):
+    """Prints where the time of the traced steps went. Returns ({(component, direction): seconds a step}, seconds a
+    step). The step is lowered once more for its names; what is compiled is in the cache."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of jax's reader, about itself
+        events, steps = traced_steps(run)
+    require(events and steps, "run_dir", str(run), "holds a trace without train steps")
+    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
+    state = jax.eval_shape(lambda: init_train_state(config))
+    names = program_components(train_step.lower(config, state, tokens, tokens).compile().as_text())
+    parts = collections.Counter()
+    for name, nanoseconds in shared_time(events).items():
+        parts[names.get(name, ("other", "forward"))] += nanoseconds / 1e9 / steps
+    whole = (max(end for _, end, *_ in events) - min(start for start, *_ in events)) / 1e9 / steps
+    busy = sum(parts.values())
+    print(f"{steps} traced steps of {1e3 * whole:.1f} ms: busy {1e3 * busy:.1f} ms, idle {1 - busy / whole:.1%}")
+    show_parts(parts)
+    return parts, whole
+
+
+# %% [markdown]
 # ## Train
 #
 # All pieces in their order. What can be wrong with the Config, the shards, the tokenizer or the run folder is found
@@ -3354,38 +3698,45 @@ def train(config, report=None):
     first, total = meta["step"], config.total_steps
     describe_run(config, run, first)
 
-    batches, result, best = None, {"loss": None, "bpb": None}, meta.get("best")
-    traced = range(total // 2, min(total // 2 + config.profile_steps, total)) if first <= total // 2 else ()
+    batches, result, best = None, {"loss": None, "bpb": None, "by_position": None}, meta.get("best")
+    stop_tracing = min(config.profile_start + config.profile_steps, total)
+    traced = range(config.profile_start, stop_tracing) if first <= config.profile_start else ()
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
             loader.load_state_dict(meta.get("loader"))
-        log = stack.enter_context(contextlib.closing(RunLog(config, run, first, report)))
+        live = stack.enter_context(wandb_run(config, run, meta.get("wandb")))
+        log = stack.enter_context(contextlib.closing(RunLog(config, run, first, report, live)))
         saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
         stack.enter_context(advice_if_diverged(run, saver))
         trace = stack.enter_context(contextlib.ExitStack())
         asked = stack.enter_context(stop_requests())
+        log.times["start"] = time.perf_counter() - started
         for step in range(first, total):
             if traced and step == traced.start:
-                with log.paused(state):
+                with log.paused(state, "tracing"):
                     trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 place = loader.position
-                tokens, targets = next(loader)
+                with jax.profiler.TraceAnnotation("wait for data"):
+                    tokens, targets = next(loader)
                 state, metrics = train_step(config, state, tokens, targets)
+                if due(step, config.log_interval):
+                    metrics |= state_norms(state)
             if step == first:
                 jax.block_until_ready(state.step)
                 seconds, loss = time.perf_counter() - started, float(metrics["loss"])
+                log.times["compiling"] = seconds - log.times["start"]
                 log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
-            log.train_step(step, metrics, describe_batch(place, loader.position))
+            log.train_step(step, metrics, describe_batch(place, loader.position), loader.wait_seconds)
             saver.check()
             if traced and step == traced[-1]:
-                with log.paused(state):
+                with log.paused(state, "tracing"):
                     trace.close()
 
             done, last, evaluated = step + 1, step + 1 == total, {}
             if last or due(done, config.eval_interval):
-                with log.paused(state):
+                with log.paused(state, "evaluation"):
                     if last or not batches:  # the last evaluation takes more of the shard
                         if validation.done() and validation.exception():
                             validation = in_background(lambda: check_shard(fetch_validation()))  # a second chance
@@ -3397,50 +3748,67 @@ def train(config, report=None):
                     if not best or result["loss"] < best["val_loss"]:
                         best = {"step": done, "val_loss": result["loss"], "val_bpb": result["bpb"]}
             if last or due(done, config.sample_interval):
-                with log.paused(state):
+                with log.paused(state, "samples"):
                     log.samples(generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=48))
             if last or asked or due(done, config.save_interval):
-                with log.paused(state):
-                    saver.save(state, loader=loader.state_dict(), finished=last, best=best, **evaluated)
+                with log.paused(state, "saving"):
+                    saver.save(
+                        state, loader=loader.state_dict(), finished=last, best=best, wandb=live and live.id, **evaluated
+                    )
             if asked:
                 log.say(
                     f"{asked[0]}: stopped after step {done}; its checkpoint is kept, the same start goes on from it"
                 )
                 break
-        saver.close()
+        with log.paused(state, "saving"):
+            saver.close()
+        log.draw()
+        if live:
+            log_files(live, run, saver.newest)
         summary = {
             "step": done, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
-            "best": best, "stopped": asked[0] if asked and not last else "", "tokens": done * config.tokens_per_step,
+            "by_position": result["by_position"], "best": best, "stopped": asked[0] if asked and not last else "",
+            "tokens": done * config.tokens_per_step, "parameters": count_params(config),
             **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
-            "wait_seconds": loader.wait_seconds, "peak_memory": peak_memory(), "run_dir": str(run),
+            "times": {"steps": log.meter.seconds, **log.times}, "wait_seconds": loader.wait_seconds,
+            "peak_memory": peak_memory(), "run_dir": str(run),
         }  # fmt: skip
-    plot_loss(run)
     return summary
 
 
 # %% What is said before and after tags=["shared"]
+def describe_params(counts):
+    """'3.7M parameters (embed 1.0, …)' of what count_params returns."""
+    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
+    return f"{counts['total'] / 1e6:.1f}M parameters ({parts})"
+
+
 def describe_run(config, run, first):
     """Prints the device, the model, the data and the folder of a run that begins at step `first`."""
     kind, counts, steps = jax.devices()[0].device_kind, count_params(config), config.total_steps
     peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
-    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
     tokens = steps * config.tokens_per_step / 1e6
     print(f"device  {kind}, peak {peak}")
-    print(f"model   {counts['total'] / 1e6:.1f}M parameters ({parts})")
+    print(f"model   {describe_params(counts)}")
     print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
     print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
 
 
 def show_summary(summary):
-    """Prints what train returned."""
+    """Prints what train returned, as a table."""
     files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
     if summary["stopped"]:
         print(f"stopped by {summary['stopped']} after {summary['step']:,} steps; start the same again to go on")
+    print(f"model   {describe_params(summary['parameters'])}")
+    print(f"tokens  {summary['tokens']:,} in {summary['step']:,} steps")
     if summary["val_loss"]:
+        best = summary["best"]
         print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
-        print(f"bpb     {summary['val_bpb']:.4f} bits per byte")
+        print(f"bpb     {summary['val_bpb']:.4f} bits per byte; best {best['val_bpb']:.4f} at step {best['step']:,}")
     print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
-    print(f"time    {format_time(summary['seconds'])} in all, {summary['wait_seconds']:.1f} s waiting for data")
+    times = ", ".join(f"{what} {seconds:.1f}" for what, seconds in summary["times"].items() if seconds >= 0.05)
+    print(f"time    {format_time(summary['seconds'])} in all; seconds: {times}")
+    print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
     print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
     print(f"files   {summary['run_dir']}: {files}")
 
@@ -3487,12 +3855,6 @@ if summary["stopped"] and not IN_NOTEBOOK:
 # slowly, and once more in the warmdown, when the falling learning rate lets the weights settle. If the end of the
 # curve is still falling, more steps would pay.
 
-# %% Loss curve tags=["run"]
-if IN_NOTEBOOK:
-    from IPython.display import Image, display
-
-    display(Image(str(Path(summary["run_dir"]) / "loss.png")))
-
 # %% [markdown]
 # ## Is that any good?
 #
@@ -3521,22 +3883,84 @@ for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.it
     print(f"{name:18}{bpb:.3f} bits per byte" if bpb else f"{name:18}was not evaluated yet")
 
 # %% [markdown]
+# ## What does it know?
+#
+# **What to look for.** The curve falls as far to the right as context still helps: where it is flat, a longer context
+# would be wasted on this model. In the passage, the beginnings of names and of sentences are red, their ends are pale:
+# what follows from what was read costs little.
+
+# %% Loss by position tags=["run"]
+if summary["by_position"] is not None:
+    plot_positions(summary["by_position"], Path(summary["run_dir"]) / "loss_by_position.png")
+    if IN_NOTEBOOK:
+        from IPython.display import Image, display
+
+        display(Image(str(Path(summary["run_dir"]) / "loss_by_position.png")))
+
+# %% Surprise tags=["run"]
+state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
+tokenizer = find_tokenizer(config, shards[0]())
+passage = max((text for _, text in itertools.islice(read_documents(fetch_validation()), 20)), key=len)
+costs = surprise(config, state.params, tokenizer, passage)
+(Path(summary["run_dir"]) / "surprise.html").write_text('<meta charset="utf-8">\n' + surprise_html(costs))
+ordered = sorted(costs, key=lambda pair: pair[1])
+for words, found in (("least", ordered[:6]), ("most", ordered[:-7:-1])):
+    print(f"{words} surprising:", ", ".join(f"{piece.decode(errors='replace')!r} {bits:.2f}" for piece, bits in found))
+if IN_NOTEBOOK:
+    from IPython.display import HTML
+
+    display(HTML(surprise_html(costs)))
+
+# %% [markdown]
 # ## Ask it
 #
 # The checkpoint is what a later session would load. Temperature 0 always takes the likeliest token; higher is more
 # adventurous.
 
 # %% Samples tags=["run"]
-state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
-tokenizer = find_tokenizer(config, shards[0]())
-for text in generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=100, temperature=0.8):
+for text in generate(
+    config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=100, temperature=0.8, top_p=0.95, speed=True
+):
+    print(text, end="\n\n")
+
+# %% [markdown]
+# Type the beginning of a text, and read three ways in which it might go on.
+
+# %% Your prompt tags=["run"]
+PROMPT = "In the beginning"  # @param {type:"string"}
+TEMPERATURE = 0.8  # @param {type:"number"}
+LENGTH = 60  # @param {type:"integer"}
+for text in generate(
+    config, state.params, tokenizer, [PROMPT] * 3, max_new_tokens=LENGTH, temperature=TEMPERATURE, speed=True
+):
     print(text, end="\n\n")
 
 # %% [markdown]
 # ## Look inside
 #
-# TensorBoard shows the curves, and under *Profile* the trace of a few steps in the middle of the run: open the trace
-# viewer and look for the named scopes, and for gaps between the steps, in which the device waits for the host.
+# Where does a step's time go? The run has traced steps 15 to 20, with a name on each component. The next cell reads the
+# trace and prints the table; it needs no browser.
+#
+# **What to look for.** On a TPU, matmuls should dominate: the MLP, then attention and its kernel, then the head. A step
+# that is idle for more than a percent or two waits for its host; an `other` of more than a few percent is copies and
+# layouts, and deserves a look at the trace itself.
+
+# %% Where the time went tags=["run"]
+try:
+    time_by_component(config, summary["run_dir"])
+except InputError as error:  # it was not traced
+    print(error)
+
+# %% [markdown]
+# TensorBoard shows the curves, the norms of each part, the samples and the Config; under *Profile* lies the trace. Its
+# plugin is the package `xprof`, which the first cell of this notebook installs; Colab's own TensorBoard lacks it.
+#
+# How to read it: choose *Trace Viewer*, zoom with W and S, move with A and D. In a **good** trace the rows of the
+# device are full from edge to edge, one step joins the next without a gap, and on the host the row of `train` steps
+# runs ahead of the device: it has handed out work that is not done yet. In a **bad** one the device is empty while the
+# host is in `wait for data` (too few threads, or slow storage), or in Python (something reads a result in every step);
+# or small copies stand between the matmuls. `evaluation`, `samples` and `saving` have names of their own on the host's
+# row.
 
 # %% TensorBoard tags=["run"]
 if "google.colab" in sys.modules:

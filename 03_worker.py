@@ -2393,15 +2393,18 @@ def show_rates(tokens_per_second, mfu):
 
 # %% Log to wandb tags=["shared"]
 def wandb_url():
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    import wandb
+
+    return wandb.Settings().base_url
 
 
 def wandb_key():
     """The key of wandb, or None: Colab's secret or environment variable WANDB_API_KEY, else what `wandb login` left."""
-    key = get_secret("WANDB_API_KEY")
-    if not key:
-        with contextlib.suppress(OSError, netrc.NetrcParseError, TypeError):
-            key = netrc.netrc().authenticators(wandb_url().split("//")[1])[2]
+    key, url = get_secret("WANDB_API_KEY"), os.environ.get("WANDB_BASE_URL")
+    hosts = [url.split("//")[-1].strip("/")] if url else ["api.forge.coreweave.com", "api.wandb.ai"]  # new and old
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc()
+        key = next(filter(None, [key, *((known.authenticators(host) or "   ")[2].strip() for host in hosts)]), None)
     return key
 
 
@@ -2549,8 +2552,8 @@ class RunLog:
         """The loss curve so far, to loss.png and, in a notebook, in place of the one before, if that is old enough."""
         if time.perf_counter() - self.drawn < seconds:
             return
+        started = time.perf_counter()
         plot_loss(self.run)
-        self.drawn = time.perf_counter()
         if IN_NOTEBOOK:
             from IPython.display import Image, display
 
@@ -2559,6 +2562,8 @@ class RunLog:
                 self.picture.update(picture)
             else:
                 self.picture = display(picture, display_id=True)
+        self.drawn = time.perf_counter()
+        self.times["drawing"] += self.drawn - started
 
     def say(self, text):
         tqdm.write(text)
@@ -2812,12 +2817,13 @@ def train(config, report=None):
         log.draw()
         if live:
             log_files(live, run, saver.newest)
+        seconds = time.perf_counter() - started
         summary = {
             "step": done, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
             "by_position": result["by_position"], "best": best, "stopped": asked[0] if asked and not last else "",
             "tokens": done * config.tokens_per_step, "parameters": count_params(config),
-            **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": time.perf_counter() - started,
-            "times": {"steps": log.meter.seconds, **log.times}, "wait_seconds": loader.wait_seconds,
+            **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": seconds,
+            "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": loader.wait_seconds,
             "peak_memory": peak_memory(), "run_dir": str(run),
         }  # fmt: skip
     return summary

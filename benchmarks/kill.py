@@ -36,7 +36,9 @@ def ending(folder):
         folder / "run" / "checkpoints" / f"step_{SETTINGS['num_iterations']:08d}" / "state.safetensors"
     ).read_bytes()
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    return state, [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+    return state, [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu", "data_wait_seconds")} for line in lines
+    ]
 
 
 def moment(folder):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the Jupyter kernels that tests start
-os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_MODE"] = "disabled"
 for secret in ("HF_TOKEN", "WANDB_API_KEY"):
     os.environ.pop(secret, None)
 

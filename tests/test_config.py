@@ -15,7 +15,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "weight_decay", "beta1", "beta2", "warmup_ratio", "warmdown_ratio", "final_lr_frac", "log_interval",
-    "eval_interval", "sample_interval", "save_interval", "profile_steps", "seed",
+    "eval_interval", "sample_interval", "save_interval", "profile_start", "profile_steps", "seed",
 )  # fmt: skip
 DEFAULT_IS_MINUS_ONE = ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens")
 
@@ -204,7 +204,7 @@ def test_free_fields_do_not_recompile(nb):
 
     base = nb.Config()
     program(base, 1.0)
-    changed = {int: 7, float: 0.01, str: "x", "resume": "never"}
+    changed = {int: 7, float: 0.01, str: "x", "resume": "never", "wandb_mode": "offline"}
     for field in dataclasses.fields(base):
         if field.name not in COMPILED:
             other = base.replace(**{field.name: changed.get(field.name, changed[field.type])})

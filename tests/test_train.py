@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
     n_head=2, head_dim=32, aspect_ratio=32, seq_len=64, device_batch_size=4, num_iterations=8, log_interval=1,
-    eval_interval=4, save_interval=4, sample_interval=4, eval_tokens=2048, final_eval_tokens=4096,
+    eval_interval=4, save_interval=4, sample_interval=4, eval_tokens=2048, final_eval_tokens=4096, profile_start=4,
+    profile_steps=3,
 )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(nb, finished, tmp_path):
     shutil.copytree(config.run_dir, folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000008")
     again = nb.train(config.replace(run_dir=str(folder)))
-    timed = {"tokens_per_second", "mfu"}
+    timed = {"tokens_per_second", "mfu", "data_wait_seconds"}
     for old, new in zip(rows(config.run_dir), rows(folder), strict=True):
         assert {k: v for k, v in old.items() if k not in timed} == {k: v for k, v in new.items() if k not in timed}
     assert again["val_loss"] == summary["val_loss"]
@@ -211,7 +212,11 @@ def test_a_metrics_line_cut_short_is_dropped(nb, tmp_path):
     assert rows(tmp_path) == [{"step": 0, "loss": 1.0}]
 
 
-FEW = {name: value for name, value in TINY.items() if name.endswith(("_interval", "_tokens", "_iterations"))}
+FEW = {
+    name: value
+    for name, value in TINY.items()
+    if name.endswith(("_interval", "_tokens", "_iterations", "_start", "_steps"))
+}
 WIDE = dict(n_layer=1, mlp_dim=256, device_batch_size=2, **FEW)
 
 
@@ -229,8 +234,12 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, name, shape):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
     assert "bits per byte" in text and "The people of the United States" in text
-    (picture,) = (output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
-    assert base64.b64decode(picture) == (tmp_path / "run" / "loss.png").read_bytes()
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    files = [(tmp_path / "run" / name).read_bytes() for name in ("loss.png", "loss_by_position.png")]
+    assert [base64.b64decode(picture) for picture in pictures] == files  # the live curve ends as the file
+    assert "traced steps of" in text and "new tokens in" in text
+    (page,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+    assert page.count("bits") > 50
 
 
 def test_a_second_process_finds_the_compiled_step(tmp_path):

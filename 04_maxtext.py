@@ -2076,13 +2076,16 @@ def pick_token(key, logits, temperature, top_k, top_p):
     Kept are the top_k likeliest, and of them those before which less than top_p of the probability lies (nucleus
     sampling, Holtzman et al. 2020).
     """
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    ordered = -jnp.sort(-scaled, axis=-1)
-    probs = jax.nn.softmax(jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf), axis=-1)
-    kept = jnp.sum((jnp.cumsum(probs, axis=-1) - probs < top_p) & (probs > 0), axis=-1, keepdims=True)
-    least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
-    drawn = jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled))
-    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn)
+
+    def draw():
+        scaled = logits / temperature
+        ordered = -jnp.sort(-scaled, axis=-1)
+        probs = jax.nn.softmax(jnp.where(jnp.arange(logits.shape[-1]) < top_k, ordered, -jnp.inf), axis=-1)
+        kept = jnp.sum((jnp.cumsum(probs, axis=-1) - probs < top_p) & (probs > 0), axis=-1, keepdims=True)
+        least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+        return jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled))
+
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
 
 
 @jax.jit
@@ -2751,7 +2754,7 @@ class RunLog:
         self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
         self.due = 0  # how many of them are to be read the next time
         self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
-        self.picture, self.drawn = None, time.perf_counter()
+        self.picture, self.drawn, self.drawing = None, time.perf_counter(), 0.1
 
     def add_event(self, summary, step):
         from tensorboard.compat.proto.event_pb2 import Event
@@ -2770,10 +2773,8 @@ class RunLog:
             if value is not None:
                 self.add_event(scalar.scalar_pb(name, np.float32(value)), step)
 
-    def draw(self, seconds=0):
-        """The loss curve so far, to loss.png and, in a notebook, in place of the one before, if that is old enough."""
-        if time.perf_counter() - self.drawn < seconds:
-            return
+    def draw(self):
+        """The loss curve so far, to loss.png and, in a notebook, in place of the one before."""
         started = time.perf_counter()
         plot_loss(self.run)
         if IN_NOTEBOOK:
@@ -2785,7 +2786,8 @@ class RunLog:
             else:
                 self.picture = display(picture, display_id=True)
         self.drawn = time.perf_counter()
-        self.times["drawing"] += self.drawn - started
+        self.drawing = self.drawn - started
+        self.times["drawing"] += self.drawing
 
     def say(self, text):
         tqdm.write(text)
@@ -2831,8 +2833,8 @@ class RunLog:
         self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
         self.waited = waited
         self.write(step, **self.last)
-        if IN_NOTEBOOK:
-            self.draw(seconds=20)
+        if IN_NOTEBOOK and time.perf_counter() - self.drawn > 200 * self.drawing:  # half a percent of the time
+            self.draw()
         if rates["tokens_per_second"]:
             left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
             loss = f"loss {metrics['loss']:.3f}, smoothed {self.smooth / self.weight:.3f}"

@@ -1836,7 +1836,7 @@ def evaluate(config, params, batches):
 
 # %% Decode tags=["shared"]
 def decode_token(config, weights, cache, tokens, position):
-    """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B, K, T, H] a layer)."""
+    """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B·K, T, H] a layer)."""
     T = config.seq_len
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
     x = x0 = embed(config, weights, tokens)
@@ -1845,14 +1845,15 @@ def decode_token(config, weights, cache, tokens, position):
         x = mix_residual(layer, x, x0)
         q, k, v = (split_heads(y, 1, config.head_dim) for y in project_qkv(layer, x))
         q, k = norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin)
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=2)
+        k, v = (y.reshape(-1, 1, config.head_dim) for y in (k, v))  # with B and K apart the loop copied the cache: 2.1x
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=1)
         new_cache.append((keys, values))
-        q = q.reshape(q.shape[0], config.kv_heads, -1, config.head_dim)  # [B, K, N/K, H]
-        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
+        q = q.reshape(k.shape[0], -1, config.head_dim)  # [B·K, N/K, H]
+        scores = jnp.einsum("ngh,nsh->ngs", q, keys, preferred_element_type=jnp.float32) * config.head_dim**-0.5
         seen = (s <= position) & (position - s <= window)
         probs = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(values.dtype)
-        y = jnp.einsum("bkgs,bksh->bkgh", probs, values).reshape(x.shape[0], -1)
+        y = jnp.einsum("ngs,nsh->ngh", probs, values).reshape(x.shape[0], -1)
         x = x + project_out(layer, y)
         x = x + mlp(layer, x)
     return lm_head(config, weights, x), new_cache
@@ -1881,7 +1882,7 @@ def pick_token(key, logits, temperature, top_k, top_p):
 def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k, top_p):
     """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` [B] or its first `stop` token."""
     weights = cast_weights(config, params)
-    shape = (tokens.shape[0], config.kv_heads, config.seq_len, config.head_dim)
+    shape = (tokens.shape[0] * config.kv_heads, config.seq_len, config.head_dim)
     cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
 
     def unfinished(carry):

@@ -3526,12 +3526,28 @@ def traced_steps(run):
                     name = re.match(r"%?([\w.-]+)", e.name)[1]
                     events.append((e.start_ns, e.end_ns, plane.name, name))
             continue
+        runs = collections.defaultdict(list)
         for thread, found in lines.items():
             for e in found:
-                facts = {name: value for name, value in e.stats if name in ("hlo_op", "hlo_module")}
+                facts = {name: value for name, value in e.stats if name in ("hlo_op", "hlo_module", "run_id")}
                 if facts.get("hlo_module", "").startswith("jit_train_step"):
-                    events.append((e.start_ns, e.end_ns, f"{plane.name} {thread}", facts["hlo_op"]))
+                    event = e.start_ns, e.end_ns, f"{plane.name} {thread}", facts["hlo_op"]
+                    runs[facts.get("run_id")].append(event)
+        for found in runs.values():
+            events += found + (unseen_matmuls(found) if plane.name == "/host:CPU" else [])
     return events, steps
+
+
+def unseen_matmuls(events):
+    """A CPU gives a matmul to a pool of threads, and the trace shows only the giving. So what seems idle between the
+    events of one run of a program is an event, too: of the matmul that was begun last."""
+    found, seen, matmul = [], None, None
+    for start, end, _, name in sorted(events):
+        if matmul and start > seen:
+            found.append((seen, start, "pool", matmul))
+        matmul = name if re.match("dot|conv|ynn", name) else matmul
+        seen = max(end, seen or end)
+    return found
 
 
 def shared_time(events):

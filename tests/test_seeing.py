@@ -88,7 +88,7 @@ def test_where_the_time_went(nb, finished, capsys):
     names = {name for name, _ in parts}
     assert {"embedding", "attention", "MLP", "head and loss", "optimizer"} <= names
     assert {("MLP", "forward"), ("MLP", "backward"), ("attention", "backward")} <= set(parts)
-    assert 0.2 * whole < sum(parts.values()) <= whole * (1 + 1e-9)
+    assert 0.5 * whole < sum(parts.values()) <= whole * (1 + 1e-9)
     assert parts["other", "forward"] < 0.3 * whole
     out = capsys.readouterr().out
     assert re.match(r"4 traced steps of [\d.]+ ms: busy [\d.]+ ms, idle [\d.]+%\n", out) and "head and loss" in out
@@ -105,6 +105,19 @@ def test_time_is_shared_between_threads(nb):
     events = [(0, 100, "a", "outer"), (20, 60, "a", "inner"), (40, 80, "b", "other"), (200, 210, "b", "late")]
     found = nb.shared_time(events)
     assert found == {"outer": 20 + 10 + 20, "inner": 20 + 10, "other": 10 + 10, "late": 10}
+
+
+def test_a_matmul_in_the_pool_is_seen(nb):
+    """The gaps after it, until the next operation; not those before the first matmul."""
+    events = [
+        (0, 10, "a", "copy"),
+        (12, 20, "a", "dot.1"),
+        (30, 40, "b", "add"),
+        (35, 50, "a", "exp"),
+        (55, 60, "a", "b"),
+    ]
+    assert nb.unseen_matmuls(events) == [(20, 30, "pool", "dot.1"), (50, 55, "pool", "dot.1")]
+    assert nb.unseen_matmuls([]) == []
 
 
 def test_operations_without_a_name_go_with_what_they_read(nb):

@@ -2654,6 +2654,12 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
+# %% [markdown]
+# With a [wandb](https://wandb.ai) key the same numbers go there, too, with the samples, the curve and the last
+# checkpoint. Its run is named in each checkpoint, so whoever goes on from one, on whatever machine, goes on with it.
+# Unless it was asked for by name, wandb never stops a run: if it is away, that is said, and training begins.
+
+
 # %% Log to wandb tags=["shared"]
 def wandb_url():
     import wandb
@@ -2706,19 +2712,18 @@ def open_wandb(config, run, name):
         mode = os.environ.get("WANDB_MODE", "online" if key else "disabled")
     if mode == "disabled":
         return None
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError(f"wandb_mode={config.wandb_mode!r}: wandb is not installed; pip install wandb")
+    try:
+        require(importlib.util.find_spec("wandb"), "wandb_mode", mode, "needs the package: pip install wandb")
+        if mode == "online":
+            require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
+            log_in(key)
+    except InputError as error:
+        if config.wandb_mode != "auto":
+            raise
+        print(f"{error}; training goes on without it", flush=True)
+        return None
     import wandb
 
-    if mode == "online":
-        require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
-        try:
-            log_in(key)
-        except InputError as error:
-            if config.wandb_mode != "auto":
-                raise
-            print(f"{error}; training goes on without it", flush=True)
-            return None
     live = wandb.init(
         mode=mode, project=config.wandb_project, id=name, resume="allow", name=run.name, dir=run,
         config=dataclasses.asdict(config), settings=wandb.Settings(silent=mode == "offline"),

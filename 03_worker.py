@@ -2447,19 +2447,18 @@ def open_wandb(config, run, name):
         mode = os.environ.get("WANDB_MODE", "online" if key else "disabled")
     if mode == "disabled":
         return None
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError(f"wandb_mode={config.wandb_mode!r}: wandb is not installed; pip install wandb")
+    try:
+        require(importlib.util.find_spec("wandb"), "wandb_mode", mode, "needs the package: pip install wandb")
+        if mode == "online":
+            require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
+            log_in(key)
+    except InputError as error:
+        if config.wandb_mode != "auto":
+            raise
+        print(f"{error}; training goes on without it", flush=True)
+        return None
     import wandb
 
-    if mode == "online":
-        require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
-        try:
-            log_in(key)
-        except InputError as error:
-            if config.wandb_mode != "auto":
-                raise
-            print(f"{error}; training goes on without it", flush=True)
-            return None
     live = wandb.init(
         mode=mode, project=config.wandb_project, id=name, resume="allow", name=run.name, dir=run,
         config=dataclasses.asdict(config), settings=wandb.Settings(silent=mode == "offline"),

@@ -2500,6 +2500,16 @@ def cut_samples(path, step):
         path.write_text("".join(part for part in parts[1:] if int(part.split()[2]) <= step))
 
 
+def show_in_place(handle, content):
+    """Displays content in a notebook, in place of what `handle` shows unless that is None. Returns the handle."""
+    from IPython.display import display
+
+    if handle is None:
+        return display(content, display_id=True)
+    handle.update(content)
+    return handle
+
+
 class Diverged(InputError):
     """The loss or the gradient of a step is not a finite number."""
 
@@ -2524,7 +2534,7 @@ class RunLog:
         self.add_event(hparams.hparams_pb(dataclasses.asdict(config)), 0)
         self.live = someone_watches()
         self.bar = tqdm(
-            total=self.total, initial=step, disable=not self.live,
+            total=self.total, initial=step, disable=IN_NOTEBOOK or not self.live,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
         self.meter = Meter(config)
@@ -2532,7 +2542,9 @@ class RunLog:
         self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
         self.due = 0  # how many of them are to be read the next time
         self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
-        self.picture, self.drawn, self.drawing = None, time.perf_counter(), 0.1
+        self.line = self.picture = None  # what a notebook shows, and writes over
+        self.shown = self.drawn = time.perf_counter()
+        self.drawing = 0.1  # seconds that the curve takes
 
     def add_event(self, summary, step):
         from tensorboard.compat.proto.event_pb2 import Event
@@ -2556,13 +2568,9 @@ class RunLog:
         started = time.perf_counter()
         plot_loss(self.run)
         if IN_NOTEBOOK:
-            from IPython.display import Image, display
+            from IPython.display import Image
 
-            picture = Image(str(self.run / "loss.png"))
-            if self.picture:
-                self.picture.update(picture)
-            else:
-                self.picture = display(picture, display_id=True)
+            self.picture = show_in_place(self.picture, Image(str(self.run / "loss.png")))
         self.drawn = time.perf_counter()
         self.drawing = self.drawn - started
         self.times["drawing"] += self.drawing
@@ -2617,9 +2625,19 @@ class RunLog:
             left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
             loss = f"loss {metrics['loss']:.3f}, smoothed {self.smooth / self.weight:.3f}"
             line = f"{loss}, lr {metrics['learning_rate']:.1e}, {show_rates(**rates)}, {left} left"
-            self.bar.set_postfix_str(line, refresh=False)
+            self.progress(line)
             if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
                 self.say(f"{self.at(step)}  {line}")
+
+    def progress(self, line):
+        """The progress line, in place: a terminal's bar, or an output of the notebook, twice a second at most."""
+        self.bar.set_postfix_str(line, refresh=False)
+        if IN_NOTEBOOK and (time.perf_counter() - self.shown > 0.5 or self.done == self.total):
+            from IPython.display import Pretty
+
+            share = self.done / self.total
+            bar = f"{share:4.0%} |{'█' * int(30 * share):30}| {self.done}/{self.total}, {line}"
+            self.line, self.shown = show_in_place(self.line, Pretty(bar)), time.perf_counter()
 
     def at(self, step):
         return f"step {step:>{len(str(self.total))}}/{self.total}"
@@ -2627,6 +2645,7 @@ class RunLog:
     @contextlib.contextmanager
     def paused(self, state, what):
         """Waits for the device to finish its steps. What happens inside is counted as `what`, not as training."""
+        self._read(self.due)  # first, so that its moment is its own
         self._read(len(self.unread))
         jax.block_until_ready(state.step)
         self.meter.seen(self.done)

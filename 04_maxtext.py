@@ -2621,7 +2621,7 @@ def show_rates(tokens_per_second, mfu):
 def wandb_url():
     import wandb
 
-    return wandb.Settings().base_url
+    return wandb.setup().settings.base_url
 
 
 def wandb_key():
@@ -2764,6 +2764,7 @@ class RunLog:
         self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
         self.due = 0  # how many of them are to be read the next time
         self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
+        self.draws = IN_NOTEBOOK and report is None  # of many runs, a search makes its own picture
         self.line = self.picture = None  # what a notebook shows, and writes over
         self.shown = self.drawn = time.perf_counter()
         self.drawing = 0.1  # seconds that the curve takes
@@ -2789,7 +2790,7 @@ class RunLog:
         """The loss curve so far, to loss.png and, in a notebook, in place of the one before."""
         started = time.perf_counter()
         plot_loss(self.run)
-        if IN_NOTEBOOK:
+        if self.draws:
             from IPython.display import Image
 
             self.picture = show_in_place(self.picture, Image(str(self.run / "loss.png")))
@@ -2841,7 +2842,7 @@ class RunLog:
         self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
         self.waited = waited
         self.write(step, **self.last)
-        if IN_NOTEBOOK and time.perf_counter() - self.drawn > 200 * self.drawing:  # half a percent of the time
+        if self.draws and time.perf_counter() - self.drawn > 200 * self.drawing:  # half a percent of the time
             self.draw()
         if rates["tokens_per_second"]:
             left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))

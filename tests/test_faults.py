@@ -404,11 +404,13 @@ def test_a_step_that_is_skipped_changes_nothing(nb, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, fine, plain)
     log = nb.RunLog(config, tmp_path, 0)
     for step in range(6):
-        log.train_step(step, {"loss": np.nan if step in (1, 3) else 1.0, "grad_norm": 1.0}, f"batch {step}")
+        log.train_step(
+            step, {"loss": np.nan if step in (1, 3) else 1.0, "grad_norm": 1.0, "learning_rate": 1.0}, f"batch {step}"
+        )
     assert "step 1: loss nan" in (out := capsys.readouterr().out) and "on batch 1: skipped" in out
     with pytest.raises(nb.Diverged, match=r"^step \d+: loss nan"):  # all steps of an interval: that does not pass
         for step in range(6, 12):
-            log.train_step(step, {"loss": np.nan, "grad_norm": 1.0}, "")
+            log.train_step(step, {"loss": np.nan, "grad_norm": 1.0, "learning_rate": 1.0}, "")
     log.close()
 
 

@@ -322,7 +322,7 @@ def test_no_free_field_is_read_while_tracing(nb):
     nb.evaluation_step.lower(config, state.params, tokens, targets)
     jax.jit(nb.init_params).lower(config, jax.random.key(0))
     rows = np.ones(len(tokens), np.int32)
-    key, scalars = jax.random.key(0), (np.float32(1), np.int32(5))
+    key, scalars = jax.random.key(0), (np.float32(1), np.int32(5), np.float32(1))
     nb.sample_tokens.lower(config, state.params, tokens, rows, 2 * rows, 0, key, *scalars)
     assert not read
 

@@ -442,6 +442,6 @@ def test_each_notebook_loads_without_side_effects(name, tmp_path, monkeypatch):
 
 
 def test_ci_runs_the_command_of_the_readme():
-    command = "pip install -r tests/requirements.txt && pytest"
+    command = "pip install -r tests/requirements.txt && pytest -n 2 --dist loadfile --no-loadscope-reorder"
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == command
     assert command in (ROOT / "README.md").read_text().splitlines()

@@ -151,6 +151,11 @@ def require(ok, name, value, rule):
         raise InputError(f"{name}={value!r}: {rule}")
 
 
+def type_name(field):
+    """'int', or 'str | tuple'."""
+    return getattr(field.type, "__name__", str(field.type))
+
+
 def check_types(config):
     """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
     for field in dataclasses.fields(config):
@@ -158,7 +163,7 @@ def check_types(config):
         kinds = (int, float) if field.type is float else field.type
         require(
             isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
-            f"must be of type {field.type.__name__}, not {type(value).__name__}",
+            f"must be of type {type_name(field)}, not {type(value).__name__}",
         )  # fmt: skip
         if field.type is int:
             require(abs(value) < 2**63, field.name, value, "must be below 2^63")
@@ -236,7 +241,7 @@ def parse_args(argv, config, epilog=""):
     parser.error = refuse
     fields = dataclasses.fields(config)
     for field in fields:
-        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=field.type.__name__)
+        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=type_name(field))
     given, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
@@ -246,7 +251,7 @@ def parse_args(argv, config, epilog=""):
     changes = {}
     for field in fields:
         value = getattr(given, field.name)
-        if isinstance(value, str) and field.type is not str:
+        if isinstance(value, str) and field.type in (int, float):
             try:
                 value = field.type(value)
             except ValueError:

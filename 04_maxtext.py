@@ -207,6 +207,11 @@ def require(ok, name, value, rule):
         raise InputError(f"{name}={value!r}: {rule}")
 
 
+def type_name(field):
+    """'int', or 'str | tuple'."""
+    return getattr(field.type, "__name__", str(field.type))
+
+
 def check_types(config):
     """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
     for field in dataclasses.fields(config):
@@ -214,7 +219,7 @@ def check_types(config):
         kinds = (int, float) if field.type is float else field.type
         require(
             isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
-            f"must be of type {field.type.__name__}, not {type(value).__name__}",
+            f"must be of type {type_name(field)}, not {type(value).__name__}",
         )  # fmt: skip
         if field.type is int:
             require(abs(value) < 2**63, field.name, value, "must be below 2^63")
@@ -225,6 +230,13 @@ def check_types(config):
 
 
 # %% Choices of every model tags=["shared"]
+def as_mesh(value):
+    """(2, 4) of (2, 4), [2, 4], '2x4', '2,4' or '(2, 4)'; 'auto', and what is no mesh, as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", value)):
+        return int(match[1]), int(match[2])
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig:
     """What the models of all notebooks have in common. A Config adds its architecture: n_embd, mlp_dim and depth, and
@@ -243,8 +255,9 @@ class BaseConfig:
     attn_impl: str = "auto"  # einsum | jax | splash | pallas | fused; auto = fused on TPU, jax on GPU, einsum on CPU
     splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
     compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
-    device_batch_size: int = 4  # sequences per forward and backward pass
-    total_batch_size: int = -1  # tokens per optimizer step; -1 = device_batch_size·T, larger accumulates gradients
+    mesh: str | tuple = "auto"  # devices as (data, fsdp): the state is split over fsdp, copied over data; auto = (all, 1)
+    device_batch_size: int = 4  # sequences per forward and backward pass, on each device
+    total_batch_size: int = -1  # tokens per optimizer step; -1 = one pass on all devices, larger accumulates gradients
     grad_clip: float = 0.0  # the gradient's norm is cut to it; 0 = never, and AdamW can run beside the matmuls
     nonfinite: str = (
         "stop"  # a loss or gradient that is no number: stop, or skip the step, which costs what clipping does
@@ -283,6 +296,7 @@ class BaseConfig:
     final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
 
     def __post_init__(self):
+        object.__setattr__(self, "mesh", as_mesh(self.mesh))
         check_types(self)
         positive = (
             "n_head", "head_dim", "seq_len", "softcap", "splash_block_size", "device_batch_size", "learning_rate",
@@ -354,10 +368,11 @@ class BaseConfig:
                 f"is causal only and cannot honour window_pattern={self.window_pattern!r}: "
                 "set window_pattern='L', or attn_impl='splash'",
             )  # fmt: skip
-        microbatch = self.device_batch_size * self.seq_len
+        pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)
+        require(self.mesh == "auto" or pair, "mesh", self.mesh, "must be auto, or two positive numbers, such as (2, 4)")
         require(
-            self.total_batch_size == -1 or self.total_batch_size % microbatch == 0, "total_batch_size",
-            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len = {microbatch}",
+            self.total_batch_size == -1 or self.total_batch_size % self.tokens_per_pass == 0, "total_batch_size",
+            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len·devices = {self.tokens_per_pass}",
         )  # fmt: skip
 
     @property
@@ -371,12 +386,26 @@ class BaseConfig:
         return [self.seq_len // 2 if letter == "S" else self.seq_len for letter in letters] + [self.seq_len]
 
     @property
+    def mesh_shape(self):
+        """(data, fsdp): how many devices there are along each axis of the mesh."""
+        return (jax.device_count(), 1) if self.mesh == "auto" else self.mesh
+
+    @property
+    def devices(self):
+        return math.prod(self.mesh_shape)
+
+    @property
+    def tokens_per_pass(self):
+        """Of one forward and backward pass, on all devices."""
+        return self.device_batch_size * self.seq_len * self.devices
+
+    @property
     def tokens_per_step(self):
-        return self.device_batch_size * self.seq_len if self.total_batch_size == -1 else self.total_batch_size
+        return self.tokens_per_pass if self.total_batch_size == -1 else self.total_batch_size
 
     @property
     def grad_accum_steps(self):
-        return self.tokens_per_step // (self.device_batch_size * self.seq_len)
+        return self.tokens_per_step // self.tokens_per_pass
 
     @property
     def total_steps(self):
@@ -490,7 +519,7 @@ def parse_args(argv, config, epilog=""):
     parser.error = refuse
     fields = dataclasses.fields(config)
     for field in fields:
-        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=field.type.__name__)
+        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=type_name(field))
     given, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
@@ -500,7 +529,7 @@ def parse_args(argv, config, epilog=""):
     changes = {}
     for field in fields:
         value = getattr(given, field.name)
-        if isinstance(value, str) and field.type is not str:
+        if isinstance(value, str) and field.type in (int, float):
             try:
                 value = field.type(value)
             except ValueError:
@@ -1240,6 +1269,66 @@ def merge_heads(y):
     return y.swapaxes(1, 2).reshape(B * T, N * H)
 
 
+# %% Mesh tags=["shared"]
+def sharding(config, *spec, mesh=None):
+    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` one of no particular devices, for a trace."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def weight_spec(config, shape):
+    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
+    fsdp = config.mesh_shape[1]
+    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
+    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
+    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
+
+
+ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
+
+
+def constrain(config, x, *spec):
+    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
+    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
+
+
+def split_weights(config, tree):
+    """Weights, moments or gradients, each split as weight_spec says."""
+    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
+
+
+def whole_weights(config, tree):
+    """Weights on every device as a whole: what fsdp has split is gathered."""
+    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
+
+
+def in_parts(config, x, n):
+    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
+    if config.devices > 1:
+        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
+        return constrain(config, x, None, ROWS)
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def from_parts(config, x):
+    """What in_parts gave, put together again."""
+    if config.devices > 1:
+        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
+        return constrain(config, x, ROWS)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def on_each_device(config, function):
+    """function, called on each device with its rows: no array inside it is another device's business."""
+    if config.devices == 1:
+        return function
+    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
 # %% Attention tags=["shared"]
 def check_block_size(block_size, seq_len):
     """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
@@ -1546,17 +1635,21 @@ def attend(config, q, k, v, T, window):
     def fused(q, k, v, interpret=False):
         return fused_attention(q, k, v, T, H, window, interpret)
 
-    if config.attn_impl == "fused":
-        return on_tpu_or_interpreted(fused, q, k, v)
-    if config.attn_impl == "auto" and fits_vmem(T, H):
-        return jax.lax.platform_dependent(q, k, v, tpu=fused, default=plain)
-    return plain(q, k, v)
+    def chosen(q, k, v):
+        if config.attn_impl == "fused":
+            return on_tpu_or_interpreted(fused, q, k, v)
+        if config.attn_impl == "auto" and fits_vmem(T, H):
+            return jax.lax.platform_dependent(q, k, v, tpu=fused, default=plain)
+        return plain(q, k, v)
+
+    return on_each_device(config, chosen)(q, k, v)
 
 
 # %% Layers tags=["shared"]
 def embed(config, params, tokens):
     """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
-    return rms_norm(params["embed"][tokens.reshape(-1)]).astype(config.compute_dtype)
+    table = whole_weights(config, params["embed"])
+    return rms_norm(table[tokens.reshape(-1)]).astype(config.compute_dtype)
 
 
 def project_qkv(layer, x):
@@ -1572,7 +1665,8 @@ def project_out(layer, y):
 
 def lm_head(config, params, x):
     """[B·T, D] → logits [B·T, V], float32, softcapped."""
-    logits = jnp.einsum("sd,dv->sv", rms_norm(x), params["lm_head"], preferred_element_type=jnp.float32)
+    head = whole_weights(config, params["lm_head"])
+    logits = jnp.einsum("sd,dv->sv", rms_norm(x), head, preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 
@@ -1622,17 +1716,18 @@ def mlp(layer, x):
 # %% All layers
 def run_layer(config, window, T, x, layer):
     """One layer: attention, then MLP, each added to the residual stream x [B·T, D]."""
+    layer = whole_weights(config, layer)
     with jax.named_scope("attn"):
         q, k, v = (checkpoint_name(y, "qkv") for y in project_qkv(layer, x))
         x = x + project_out(layer, attend(config, q, k, v, T, window))
     with jax.named_scope("mlp"):
-        return x + mlp(layer, x)
+        return constrain(config, x + mlp(layer, x), ROWS)
 
 
 def hidden(config, weights, tokens):
     """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
     with jax.named_scope("embed"):
-        x = embed(config, weights, tokens)
+        x = constrain(config, embed(config, weights, tokens), ROWS)
     runs = [remembering(config, functools.partial(run_layer, config, w, tokens.shape[1])) for w in config.windows]
     if config.layers == "scanned":
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights["layers"])
@@ -1660,7 +1755,7 @@ def cast_weights(config, params):
         keep = weight.ndim == 0 or path[0].key == "embed"
         return weight if keep else weight.astype(config.compute_dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return split_weights(config, jax.tree_util.tree_map_with_path(cast, params))
 
 
 def forward(config, params, tokens):
@@ -1766,37 +1861,35 @@ def token_losses(config, params, tokens, targets):
     weights = cast_weights(config, params)
     x = hidden(config, weights, tokens)
     with jax.named_scope("loss"):
-        losses = softcap_losses(rms_norm(x), weights["lm_head"], targets.reshape(-1), config.softcap)
+        head = whole_weights(config, weights["lm_head"])
+        losses = softcap_losses(rms_norm(x), head, targets.reshape(-1), config.softcap)
         return losses.reshape(targets.shape)
 
 
 # %% Mean loss
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def chunked_mean_loss(x, head, targets, softcap, chunks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked_mean_loss(config, x, head, targets):
     """Mean of softcap_losses, a chunk of the tokens at a time: no logits are kept. x [S, D], head [D, V]."""
-    losses = jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], softcap), in_chunks(x, targets, chunks))
-    return jnp.mean(losses)
+    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
+    return jnp.mean(jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], config.softcap), chunks))
 
 
-def in_chunks(x, targets, chunks):
-    return x.reshape(chunks, -1, x.shape[1]), targets.reshape(chunks, -1)
-
-
-def chunked_forward(x, head, targets, softcap, chunks):
+def chunked_forward(config, x, head, targets):
     """The loss and, while a chunk's logits are there, the gradients as well: backward has nothing left to do."""
 
     def add(carry, part):
         total, dhead = carry
-        losses, saved = softcap_forward(part[0], head, part[1], softcap)
-        dx, dh, _ = softcap_backward(softcap, saved, jnp.full(losses.shape, 1 / targets.size))
+        losses, saved = softcap_forward(part[0], head, part[1], config.softcap)
+        dx, dh, _ = softcap_backward(config.softcap, saved, jnp.full(losses.shape, 1 / targets.size))
         return (total + jnp.sum(losses), dhead + dh.astype(jnp.float32)), dx
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    (total, dhead), dx = jax.lax.scan(add, zeros, in_chunks(x, targets, chunks))
-    return total / targets.size, (dx.reshape(x.shape), dhead.astype(head.dtype))
+    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
+    (total, dhead), dx = jax.lax.scan(add, zeros, chunks)
+    return total / targets.size, (from_parts(config, dx), dhead.astype(head.dtype))
 
 
-def chunked_backward(softcap, chunks, saved, g):
+def chunked_backward(config, saved, g):
     return *((g * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in saved), None
 
 
@@ -1810,8 +1903,8 @@ def loss_fn(config, params, tokens, targets):
     weights = cast_weights(config, params)
     x = hidden(config, weights, tokens)
     with jax.named_scope("loss"):
-        head, targets = weights["lm_head"], targets.reshape(-1)
-        return chunked_mean_loss(rms_norm(x), head, targets, config.softcap, config.loss_chunks)
+        head = whole_weights(config, weights["lm_head"])
+        return chunked_mean_loss(config, rms_norm(x), head, targets.reshape(-1))
 
 
 # %% [markdown]
@@ -1901,14 +1994,16 @@ def loss_and_grads(config, weights, tokens, targets):
     value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
     n = config.grad_accum_steps
     if n == 1:
-        return value_and_grad(weights, tokens, targets)
+        loss, grads = value_and_grad(weights, tokens, targets)
+        return loss, split_weights(config, grads)
 
     def add_microbatch(total, batch):
-        new = value_and_grad(weights, *batch)
+        loss, grads = value_and_grad(weights, *batch)
+        new = loss, split_weights(config, grads)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    batches = tuple(x.reshape(n, config.device_batch_size, config.seq_len) for x in (tokens, targets))
+    zeros = split_weights(config, jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights))
+    batches = tuple(in_parts(config, x, n) for x in (tokens, targets))
     total, _ = jax.lax.scan(add_microbatch, (jnp.zeros((), jnp.float32), zeros), batches)
     return jax.tree.map(lambda x: x / n, total)
 
@@ -1932,6 +2027,7 @@ def train_step(config, state, tokens, targets):
             fine, old = jnp.isfinite(loss) & jnp.isfinite(norm), (state.params, state.mu, state.nu)
             params, mu, nu = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
+    params, mu, nu = split_weights(config, (params, mu, nu))
     return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
 
 
@@ -2092,7 +2188,7 @@ def pick_token(key, logits, temperature, top_k, top_p):
 @jax.jit
 def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k, top_p):
     """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` [B] or its first `stop` token."""
-    weights = cast_weights(config, params)
+    weights = whole_weights(config, cast_weights(config, params))
     shape = (tokens.shape[0] * config.kv_heads, config.seq_len, config.head_dim)
     cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
 

@@ -697,28 +697,30 @@ def count_chars(path):
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
 
 
-def read_documents(path, start=0):
-    """Yields (row, text) from row `start` on, with one row group in memory at a time."""
+def read_documents(path, start=0, step=1):
+    """Yields (row, text) of rows start, start + step, …, with one row group in memory at a time."""
     shard, row = pq.ParquetFile(path), 0
     for group in range(shard.num_row_groups):
         rows = shard.metadata.row_group(group).num_rows
-        if row + rows > start:
+        wanted = range(start - row if start > row else (start - row) % step, rows, step)
+        if wanted:
             try:
-                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                column = shard.read_row_group(group, columns=["text"]).column("text")
+                texts = (column.take(pa.array(wanted)) if len(column) == rows and step > 1 else column).to_pylist()
             except DAMAGED_PARQUET as error:
                 raise InputError(
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
-            if len(texts) != rows:
+            if len(column) != rows:
                 raise InputError(
-                    f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again"
+                    f"{path}: row group {group} has {len(column)} rows, not {rows}; delete it and get it again"
                 )
-            for i in range(max(0, start - row), rows):
-                if not texts[i]:
+            for i, text in zip(wanted, texts if step > 1 else texts[wanted.start :], strict=True):
+                if not text:
                     raise InputError(
                         f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
                     )
-                yield row + i, texts[i]
+                yield row + i, text
         row += rows
 
 

@@ -108,6 +108,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
@@ -195,6 +196,131 @@ if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
 # numbers behind the defaults.
 
 
+# %% Several hosts tags=["shared"]
+HOST_TIMEOUT = 30  # seconds without a sign of life after which a host counts as gone
+
+
+def several_hosts():
+    """Whether the environment says that this process is one of several: jax's own variables, those of a launcher, or
+    the metadata of a Cloud TPU."""
+    names = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in names or "MEGASCALE_COORDINATOR_ADDRESS" in names:
+        return True
+    if int(names.get("SLURM_NTASKS", 1)) > 1 or int(names.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    if "TPU_WORKER_HOSTNAMES" in names:
+        return "," in names["TPU_WORKER_HOSTNAMES"]
+    on_cloud_tpu = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")] and "google.colab" not in sys.modules
+    if not on_cloud_tpu or "TPU_SKIP_MDS_QUERY" in names:
+        return False
+    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    with contextlib.suppress(OSError):
+        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+        return b"," in urllib.request.urlopen(request, timeout=2).read()
+    return False
+
+
+def watch_over():
+    """Runs this script again, in a child, and returns its exit status. If it was aborted, says why and what to do."""
+    environment = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal sends it to the child as well
+    status = child.wait()
+    if status < 0:
+        print(
+            f"error: ended by {signal.Signals(-status).name}, most likely since another host is gone (the words above "
+            "say which); start the same command on all hosts, the same or another number of them: it goes on from the "
+            "newest checkpoint",
+            file=sys.stderr,
+        )  # fmt: skip
+    return status if status >= 0 else 128 - status
+
+
+def end_with(parent):
+    """This process is killed when its parent is: nobody would be left to say what became of it."""
+    PR_SET_PDEATHSIG = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        raise SystemExit(1)
+
+
+def join_hosts():
+    """Joins the processes of all hosts, if there are several, before jax looks for devices. The first one prints."""
+    if not several_hosts():
+        return
+    if not IN_NOTEBOOK:
+        if "TPUCHAT_PARENT" not in os.environ:
+            raise SystemExit(watch_over())
+        end_with(int(os.environ["TPUCHAT_PARENT"]))
+    given = {
+        name: int(os.environ[variable])
+        for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
+        if variable in os.environ
+    }
+    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT, "shutdown_timeout_seconds": HOST_TIMEOUT}
+    try:
+        jax.distributed.initialize(**given, **limits)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"several hosts: they did not find each other ({str(error).splitlines()[0]})") from error
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+# %% Together tags=["shared"]
+def is_first():
+    """Whether this is the process that logs, writes metadata and uploads."""
+    return jax.process_index() == 0
+
+
+def from_all_processes(tree):
+    """numpy's arrays on each process, from those whose parts lie on all, or from one of each, joined along the first
+    axis. All processes call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def on_first(function):
+    """function() of the first process, as JSON, on all of them; so is its InputError. All processes call it."""
+    if jax.process_count() == 1:
+        return function()
+    found = {}
+    if is_first():
+        try:
+            found = {"value": function()}
+        except InputError as error:
+            found = {"error": str(error)}
+    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
+    found = json.loads(bytes(text))
+    if "error" in found:
+        raise InputError(found["error"])
+    return found["value"]
+
+
+def check_alike(name, text):
+    """InputError on all processes unless `text` is the same on all: what differs now would be a wrong sum later."""
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)[None]
+    found = from_all_processes(digest)
+    others = [i for i, row in enumerate(found) if not np.array_equal(row, found[0])]
+    if others:
+        raise InputError(f"several hosts: {name} of process {others[0]} is not that of process 0; start all alike")
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process may have to make, a tokenizer or a download, the others then find."""
+    several = jax.process_count() > 1
+    if several and not is_first():
+        multihost_utils.sync_global_devices("first")
+    yield
+    if several and is_first():
+        multihost_utils.sync_global_devices("first")
+
+
 # %% Config helpers tags=["shared"]
 def free(default):
     """A Config field that is not part of the compiled program: changing it compiles nothing."""
@@ -255,7 +381,7 @@ class BaseConfig:
     attn_impl: str = "auto"  # einsum | jax | splash | pallas | fused; auto = fused on TPU, jax on GPU, einsum on CPU
     splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
     compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
-    mesh: str | tuple = "auto"  # devices as (data, fsdp): the state is split over fsdp, copied over data; auto = (all, 1)
+    mesh: str | tuple = "auto"  # (data, fsdp) devices: the state is split over fsdp; auto = (all, 1)
     device_batch_size: int = 4  # sequences per forward and backward pass, on each device
     total_batch_size: int = -1  # tokens per optimizer step; -1 = one pass on all devices, larger accumulates gradients
     grad_clip: float = 0.0  # the gradient's norm is cut to it; 0 = never, and AdamW can run beside the matmuls
@@ -995,28 +1121,30 @@ def count_chars(path):
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
 
 
-def read_documents(path, start=0):
-    """Yields (row, text) from row `start` on, with one row group in memory at a time."""
+def read_documents(path, start=0, step=1):
+    """Yields (row, text) of rows start, start + step, …, with one row group in memory at a time."""
     shard, row = pq.ParquetFile(path), 0
     for group in range(shard.num_row_groups):
         rows = shard.metadata.row_group(group).num_rows
-        if row + rows > start:
+        wanted = range(start - row if start > row else (start - row) % step, rows, step)
+        if wanted:
             try:
-                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+                column = shard.read_row_group(group, columns=["text"]).column("text")
+                texts = (column.take(pa.array(wanted)) if len(column) == rows and step > 1 else column).to_pylist()
             except DAMAGED_PARQUET as error:
                 raise InputError(
                     f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
                 ) from error
-            if len(texts) != rows:
+            if len(column) != rows:
                 raise InputError(
-                    f"{path}: row group {group} has {len(texts)} rows, not {rows}; delete it and get it again"
+                    f"{path}: row group {group} has {len(column)} rows, not {rows}; delete it and get it again"
                 )
-            for i in range(max(0, start - row), rows):
-                if not texts[i]:
+            for i, text in zip(wanted, texts if step > 1 else texts[wanted.start :], strict=True):
+                if not text:
                     raise InputError(
                         f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
                     )
-                yield row + i, texts[i]
+                yield row + i, text
         row += rows
 
 
@@ -1042,30 +1170,58 @@ class Position(NamedTuple):
     offset: int = 0
 
 
+def split_streams(positions, processes):
+    """The positions of S streams → of as many as `processes` can share equally: lcm(S, processes). Where a stream is
+    split, each of its documents from its position on falls to one of the new ones, by its row."""
+    old, new = len(positions), math.lcm(len(positions), processes)
+    found = [positions[s % old] for s in range(new)]
+    return [
+        place if place.row % new == s else place._replace(row=place.row + (s - place.row) % new, offset=0)
+        for s, place in enumerate(found)
+    ]
+
+
 class PrefetchDataLoader:
-    """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the device, from background threads.
+    """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the devices, from background threads.
 
     `shards` are the fetchers that list_shards returns. The next shard is fetched while one is read. An exception in a
     thread is raised by the next `next(loader)`. Use it in a `with` block, or call close().
+
+    Of S streams, stream s has the documents of rows s, s + S, … of every shard, and fills rows of the batch of its own.
+    Each of the `processes` reads some of them: one, unless a run goes on with fewer processes than it had.
     """
 
-    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4):
-        self.batch_shape = (config.tokens_per_step // config.seq_len, config.seq_len)
-        self.tokenizer, self.shards = tokenizer, shards
+    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4, process=None, processes=None):
+        self.config, self.tokenizer, self.shards = config, tokenizer, shards
         self.threads, self.depth = threads or os.cpu_count(), depth
+        self.process = jax.process_index() if process is None else process
+        self.processes = processes or jax.process_count()
+        rows = config.tokens_per_step // config.seq_len
+        require(rows % self.processes == 0, "total_batch_size", rows * config.seq_len,
+                f"must give each of {self.processes} processes as many sequences")  # fmt: skip
+        self.rows = rows // self.processes  # of a batch, that this process fills
         self.wait_seconds = 0.0  # how long the training loop has waited for data
-        self._start(Position())
+        self._start([Position()])
 
-    def _start(self, position):
-        self.position = position
+    def _start(self, positions):
+        everywhere = split_streams(positions, self.processes)
+        each = len(everywhere) // self.processes
+        own = range(self.process * each, (self.process + 1) * each)
+        self.streams, self.positions = len(everywhere), [everywhere[s] for s in own]
         self.ready = collections.deque()
         self.queue, self.stop = queue.Queue(self.depth), threading.Event()
-        self.thread = threading.Thread(target=self._produce, args=(position, self.queue, self.stop), daemon=True)
+        work = list(zip(own, self.positions, strict=True)), self.queue, self.stop
+        self.thread = threading.Thread(target=self._produce, args=work, daemon=True)
         self.thread.start()
 
-    def _documents(self, start, stop):
+    @property
+    def position(self):
+        """The place of the next token of this process's first stream."""
+        return self.positions[0]
+
+    def _documents(self, stream, start, stop):
         """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
-        place = start
+        place, empty = start, 0
 
         def fetch(shard):
             return in_background(lambda: check_shard(self.shards[shard]()))
@@ -1079,16 +1235,20 @@ class PrefetchDataLoader:
                 if stop.is_set():
                     return
             path = here.result()
-            if place.row and place.row >= pq.read_metadata(path).num_rows:
+            rows = pq.read_metadata(path).num_rows
+            if place == start and place.row and place.row - (self.streams - 1) >= rows:
                 raise InputError(f"{path}: has no row {place.row}, where the run is to go on; was the shard changed?")
             following = (place.shard + 1) % len(self.shards)
             here = fetch(following)
-            for row, text in read_documents(path, place.row):
+            for row, text in read_documents(path, place.row, self.streams):
                 yield place._replace(row=row, offset=0), text
             yield None, ""
-            place = Position(place.epoch + (following == 0), following)
+            empty = empty + 1 if place.row >= rows else 0
+            if empty > len(self.shards):
+                raise InputError(f"{path}: no shard has a document for each of {self.streams} streams; use fewer hosts")
+            place = Position(place.epoch + (following == 0), following, row=stream)
 
-    def _encoded(self, start, pool, stop):
+    def _encoded(self, stream, start, pool, stop):
         """Yields groups of documents, [(place of the first token, tokens), …], in order, encoded some groups ahead."""
 
         def encode(group):
@@ -1101,7 +1261,7 @@ class PrefetchDataLoader:
             return encoded
 
         ahead, group, chars = collections.deque(), [], 0
-        for place, text in self._documents(start, stop):
+        for place, text in self._documents(stream, start, stop):
             if place:
                 group.append((place, text))
                 chars += len(text)
@@ -1112,29 +1272,41 @@ class PrefetchDataLoader:
             while len(ahead) > (2 * self.threads if place else 0):
                 yield ahead.popleft().result()
 
-    def _batches(self, start, pool, stop):
-        """Yields the batches that each group of documents completes: [(tokens, targets, place of the token after)]."""
-        n = math.prod(self.batch_shape)
+    def _rows(self, stream, start, pool, stop):
+        """Yields what each group of documents completes of a stream's rows: [(tokens, targets, place of the token
+        after)]."""
+        shape = self.rows // len(self.positions), self.config.seq_len
+        n = math.prod(shape)
         held, parts = 0, collections.deque()
-        for group in self._encoded(start, pool, stop):
+        for group in self._encoded(stream, start, pool, stop):
             parts.extend(group)
             held += sum(len(tokens) for _, tokens in group)
             ready = []
             while held > n:  # enough for n inputs and the target of the last
-                stream, left = [], n
+                taken, left = [], n
                 while len(parts[0][1]) <= left:
-                    stream.append(parts.popleft()[1])
-                    left -= len(stream[-1])
+                    taken.append(parts.popleft()[1])
+                    left -= len(taken[-1])
                 place, tokens = parts[0]
-                stream = np.concatenate([*stream, tokens[: left + 1]]).astype(np.int32)
+                taken = np.concatenate([*taken, tokens[: left + 1]]).astype(np.int32)
                 parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
                 held -= n
-                tokens, targets = (part.reshape(self.batch_shape) for part in (stream[:-1], stream[1:]))
+                tokens, targets = (part.reshape(shape) for part in (taken[:-1], taken[1:]))
                 ready.append((tokens, targets, parts[0][0]))
             if ready:
                 yield ready
 
-    def _produce(self, start, batches, stop):
+    def _batches(self, work, pool, stop):
+        """Yields the batches that are complete: [(tokens, targets, places of the tokens after, one a stream)]."""
+        streams = [self._rows(stream, start, pool, stop) for stream, start in work]
+        if len(streams) == 1:
+            for ready in streams[0]:
+                yield [(tokens, targets, [place]) for tokens, targets, place in ready]
+        for parts in zip(*map(itertools.chain.from_iterable, streams)):
+            tokens, targets, places = zip(*parts)
+            yield [(np.concatenate(tokens), np.concatenate(targets), list(places))]
+
+    def _produce(self, work, batches, stop):
         def put(item):
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
@@ -1142,10 +1314,10 @@ class PrefetchDataLoader:
 
         pool = concurrent.futures.ThreadPoolExecutor(self.threads)
         try:
-            for ready in self._batches(start, pool, stop):
+            for ready in self._batches(work, pool, stop):
                 # One call, and one hand-over, for all that is ready: small batches are otherwise half as fast.
-                arrays = jax.device_put([(tokens, targets) for tokens, targets, _ in ready])
-                put(list(zip(arrays, [place for *_, place in ready], strict=True)))
+                arrays = put_rows(self.config, [(tokens, targets) for tokens, targets, _ in ready])
+                put(list(zip(arrays, [places for *_, places in ready], strict=True)))
                 if stop.is_set():
                     break
         except BaseException as error:
@@ -1167,21 +1339,28 @@ class PrefetchDataLoader:
                 self.queue.put(item)  # whoever asks again hears the same
                 raise item
             self.ready.extend(item)
-        batch, self.position = self.ready.popleft()
+        batch, self.positions = self.ready.popleft()
         return batch
 
     def state_dict(self):
-        """The place of the first token of the next batch, for JSON."""
-        return self.position._asdict()
+        """The place of the first token of the next batch in each stream, of all processes, for JSON. All call it."""
+        places = from_all_processes(np.array(self.positions, np.int32))
+        places = [Position(*place)._asdict() for place in places.tolist()]
+        return places[0] if len(places) == 1 else {"streams": places}
 
     def load_state_dict(self, state):
-        """Goes on from where state_dict was taken. InputError if that is not a place in these shards."""
-        position = Position(**state) if isinstance(state, dict) and set(state) <= set(Position._fields) else None
-        whole = position and all(type(number) is int and number >= 0 for number in position)
-        if not whole or position.shard >= len(self.shards):
+        """Goes on from where state_dict was taken, with as many processes or others. InputError if that is not a place
+        in these shards."""
+        places = state["streams"] if isinstance(state, dict) and set(state) == {"streams"} else [state]
+        try:
+            positions = [Position(**place) for place in places]
+            whole = positions and all(type(number) is int and number >= 0 for place in positions for number in place)
+        except TypeError:
+            whole = False
+        if not whole or any(place.shard >= len(self.shards) for place in positions):
             raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
         self.close()
-        self._start(position)
+        self._start(positions)
 
     def close(self):
         """Stops the threads. Batches that were ready are dropped; the position stays."""
@@ -1271,7 +1450,7 @@ def merge_heads(y):
 
 # %% Mesh tags=["shared"]
 def sharding(config, *spec, mesh=None):
-    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` one of no particular devices, for a trace."""
+    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
@@ -1286,6 +1465,35 @@ def weight_spec(config, shape):
 
 
 ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
+
+
+def arrange(config, devices):
+    """Devices in the shape of the mesh."""
+    return np.array(devices).reshape(config.mesh_shape)
+
+
+def device_mesh(config):
+    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
+    count = jax.device_count()
+    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
+    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
+    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
+
+
+def put_whole(config, x, *spec):
+    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
+    if config.devices == 1:
+        return x
+    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def put_rows(config, tree):
+    """Arrays whose first axis is split over the devices, from this process's rows of each."""
+    if config.devices == 1:
+        return jax.device_put(tree)
+    place = sharding(config, ROWS, mesh=device_mesh(config))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
 def constrain(config, x, *spec):
@@ -1935,6 +2143,11 @@ def hyperparams(config):
     return {name: jnp.array(np.float32(value)) for name, value in values.items()}
 
 
+def put_hyper(config, hyper):
+    """The schedule's scalars on all devices."""
+    return {name: put_whole(config, value) for name, value in hyper.items()}
+
+
 def scheduled_lr(hyper, step):
     """Learning rate of step 0, 1, …: linear warmup, constant, linear warmdown to final_lr_frac of it."""
     up = (step + 1) / jnp.maximum(hyper["warmup_steps"], 1)
@@ -1974,12 +2187,15 @@ def init_arrays(config, key):
     """Step 0, the parameters, and two trees of zeros for the moments, made by one program."""
     params = init_params(config, key)
     mu, nu = jax.tree.map(jnp.zeros_like, (params, params))
-    return jnp.zeros((), jnp.int32), params, mu, nu
+    return constrain(config, jnp.zeros((), jnp.int32)), *split_weights(config, (params, mu, nu))
 
 
 def init_train_state(config):
     """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
-    return TrainState(*init_arrays(config, jax.random.key(config.seed)), hyperparams(config))
+    key, hyper = jax.random.key(config.seed), hyperparams(config)
+    if config.devices > 1 and not isinstance(key, jax.core.Tracer):  # where the key is, there the state will be
+        key, hyper = jax.device_put(key, sharding(config, mesh=device_mesh(config))), put_hyper(config, hyper)
+    return TrainState(*init_arrays(config, key), hyper)
 
 
 # %% [markdown]
@@ -2031,6 +2247,20 @@ def train_step(config, state, tokens, targets):
     return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
 
 
+def abstract_step(config, mesh):
+    """(state, tokens) as train_step takes them, shapes with where their parts lie on a mesh, without the arrays."""
+    state = jax.eval_shape(lambda: init_train_state(config))
+    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
+    if config.devices == 1:
+        return state, tokens
+
+    def place(x, *spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(config, *spec, mesh=mesh))
+
+    state = jax.tree.map(lambda x: place(x, *weight_spec(config, x.shape)), state)  # of scalars the spec is empty
+    return state, place(tokens, ROWS)
+
+
 # %% [markdown]
 # ## Evaluate and sample
 #
@@ -2054,11 +2284,11 @@ def state_norms(state):
 
 # %% Evaluate tags=["shared"]
 def validation_batches(config, tokenizer, path, max_tokens=-1):
-    """[(tokens, targets, bytes of each target)] of the validation shard, int32 [device_batch_size, T] each.
+    """[(tokens, targets, bytes of each target)] of the validation shard, int32 [B, T] each, B what fits the devices.
 
     The last batch is padded with targets of −1, which count for nothing.
     """
-    B, T = config.device_batch_size, config.seq_len
+    B, T = config.device_batch_size * config.devices, config.seq_len
     stream, held = [], 0
     for _, text in read_documents(path):
         stream.append(encode_document(tokenizer, text))
@@ -2074,6 +2304,9 @@ def validation_batches(config, tokenizer, path, max_tokens=-1):
     return list(zip(*(x.reshape(-1, B, T) for x in (tokens, targets, n_bytes)), strict=True))
 
 
+evaluation_weights = jax.jit(cast_weights)  # once for all batches
+
+
 @jax.jit
 def evaluation_step(config, params, tokens, targets):
     """Loss of each target, nats, float32 [B, T]; 0 where the target is −1."""
@@ -2084,9 +2317,10 @@ def evaluation_step(config, params, tokens, targets):
 def evaluate(config, params, batches):
     """{'loss': nats per token, 'bpb': bits per byte, 'by_position': loss at each place in the context, [T]} on the
     batches of validation_batches."""
-    weights = cast_weights(config, params)
-    losses = [evaluation_step(config, weights, tokens, targets) for tokens, targets, _ in batches]
-    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in jax.device_get(losses))
+    weights = evaluation_weights(config, params)
+    batches_here = ([put_whole(config, x, ROWS) for x in batch[:2]] for batch in batches)
+    losses = [evaluation_step(config, weights, tokens, targets) for tokens, targets in batches_here]
+    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in from_all_processes(losses))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
     by_position = nats / np.maximum(count, 1)
@@ -2111,10 +2345,11 @@ def plot_positions(by_position, path):
 def surprise(config, params, tokenizer, text):
     """[(bytes of a token, its bits)] of the first T tokens of a text, each given BOS and those before it."""
     ids = encode_document(tokenizer, text)[: config.seq_len + 1]
-    shape = config.device_batch_size, config.seq_len  # the shape of an evaluation: nothing is compiled
+    shape = config.device_batch_size * config.devices, config.seq_len  # that of an evaluation: nothing is compiled
     tokens, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
-    losses = np.asarray(evaluation_step(config, cast_weights(config, params), tokens, targets))[0]
+    tokens, targets = (put_whole(config, x, ROWS) for x in (tokens, targets))
+    losses = from_all_processes(evaluation_step(config, evaluation_weights(config, params), tokens, targets))[0]
     pieces = [tokenizer.decode_single_token_bytes(token) for token in ids[1:]]
     return [(piece, float(loss) / math.log(2)) for piece, loss in zip(pieces, losses, strict=False)]
 
@@ -2206,7 +2441,7 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
         return position + 1, tokens.at[:, position + 1].set(following), cache, done
 
     start = (jnp.zeros((), jnp.int32), tokens, cache, jnp.zeros(tokens.shape[0], bool))
-    return jax.lax.while_loop(unfinished, step, start)[1]
+    return constrain(config, jax.lax.while_loop(unfinished, step, start)[1])
 
 
 def generate_tokens(config, params, prompts, stop, *, max_new_tokens, temperature, top_k, top_p, seed):
@@ -2277,9 +2512,22 @@ def named_arrays(state):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def host_arrays(state):
-    """named_arrays as numpy's own: the next step may take the device's bytes."""
-    return {name: np.array(x) for name, x in jax.device_get(named_arrays(state)).items()}
+def host_parts(config, state):
+    """{file name: {array name: (start of the part along each axis, part)}}: what this process writes of the state, as
+    numpy's own: the next step may take the device's bytes. There is a file for each part that fsdp makes of it."""
+    shards = [
+        (name, x.shape, shard)
+        for name, x in named_arrays(state).items()
+        for shard in x.addressable_shards
+        if shard.replica_id == 0  # of equal parts on several devices, one is written
+    ]
+    n, files = config.mesh_shape[1], collections.defaultdict(dict)
+    for (name, shape, shard), part in zip(shards, jax.device_get([shard.data for *_, shard in shards]), strict=True):
+        start = [index.start or 0 for index in shard.index]
+        i = max((n * first // size for first, size in zip(start, shape, strict=True)), default=0)
+        file = "state.safetensors" if n == 1 else f"state-{i:05d}-of-{n:05d}.safetensors"
+        files[file][name] = start, np.array(part)
+    return files
 
 
 def file_facts(path):
@@ -2296,33 +2544,81 @@ def flush_to_disk(path):
         os.close(descriptor)
 
 
+PART_SECONDS = 600  # that a process waits for the others' parts of a checkpoint
+
+
 def save_checkpoint(run_dir, config, state, **meta):
     """Writes run_dir/checkpoints/step_N, atomically, and drops the old ones. Returns its path.
 
     `meta`: whatever else a resumed run needs, as JSON: the loader's position. Where `val_loss` is in it, the checkpoint
     with the lowest is kept. InputError if it cannot be written; the checkpoints before it are untouched.
     """
-    return write_checkpoint(run_dir, config, host_arrays(state), meta)
+    return write_checkpoint(run_dir, config, int(state.step), host_parts(config, state), meta)
 
 
-def write_checkpoint(run_dir, config, arrays, meta):
-    """save_checkpoint of arrays that are on the host already."""
-    from safetensors import SafetensorError
+def write_parts(folder, files):
+    """Writes files of host_parts, several at a time. Returns {file name: its facts}."""
     from safetensors.numpy import save_file
 
-    step = int(arrays["step"])
+    def write(name):
+        parts = files[name]
+        split = {array: start for array, (start, _) in parts.items() if "-of-" in name}
+        arrays = {array: np.ascontiguousarray(part) for array, (_, part) in parts.items()}
+        save_file(arrays, folder / name, metadata={"start": json.dumps(split)} if split else None)
+        flush_to_disk(folder / name)
+        return file_facts(folder / name)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip(files, pool.map(write, files), strict=True))
+
+
+def all_parts(folder, files):
+    """{file name: facts} of what all processes have written to `folder`, on the first one; the others tell it what they
+    have, and wait until it has finished the checkpoint. Seen in the file system: the devices are busy."""
+    started, found = time.monotonic(), dict(files)
+    reports = [folder / f".part-{i}" for i in range(1, jax.process_count())]
+
+    def wait(done, what):
+        while not done():
+            if time.monotonic() - started > PART_SECONDS:
+                raise OSError(f"{what} for {PART_SECONDS} s; is run_dir on storage that all hosts share?")
+            time.sleep(0.05)
+
+    if not is_first():
+        report = reports[jax.process_index() - 1]
+        report.with_suffix(".tmp").write_text(json.dumps(files))
+        os.replace(report.with_suffix(".tmp"), report)
+        wait(lambda: not folder.exists(), "the first process has not finished it")
+    else:
+        for i, report in enumerate(reports, 1):
+            wait(report.exists, f"process {i} has not written its part")
+            found |= json.loads(report.read_text())
+            report.unlink()
+    return found
+
+
+def write_checkpoint(run_dir, config, step, files, meta):
+    """save_checkpoint of parts that are on the host already."""
+    from safetensors import SafetensorError
+
     final = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(arrays, temporary / "state.safetensors")
+        if jax.process_count() == 1:
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        files = all_parts(temporary, write_parts(temporary, files))
+        if not is_first():
+            return final
         if (Path(run_dir) / "metrics.jsonl").exists():
             shutil.copyfile(Path(run_dir) / "metrics.jsonl", temporary / "metrics.jsonl")
-        files = {path.name: file_facts(path) for path in sorted(temporary.iterdir())}
-        meta = {"step": step, "config": dataclasses.asdict(config), **meta, "files": files}
+            files["metrics.jsonl"] = file_facts(temporary / "metrics.jsonl")
+        meta = {
+            "step": step, "config": dataclasses.asdict(config), "tokens_per_step": config.tokens_per_step, **meta,
+            "files": files,
+        }  # fmt: skip
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [temporary / "meta.json", temporary]:
             flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -2330,7 +2626,8 @@ def write_checkpoint(run_dir, config, arrays, meta):
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
     drop_old_checkpoints(final.parent, config.keep_checkpoints)
     return final
 
@@ -2356,7 +2653,7 @@ def drop_old_checkpoints(folder, keep):
 # %% Load a checkpoint tags=["shared"]
 # How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
 RUNTIME_FIELDS = (
-    "attn_impl", "splash_block_size", "compute_dtype", "device_batch_size", "total_batch_size", "grad_clip",
+    "attn_impl", "splash_block_size", "compute_dtype", "mesh", "device_batch_size", "total_batch_size", "grad_clip",
     "nonfinite",
 )  # fmt: skip
 
@@ -2368,8 +2665,17 @@ def differences(saved, config, ignore):
     return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
 
 
-META_TYPES = {"step": int, "config": dict, "files": dict, "loader": dict, "finished": bool, "best": (dict, type(None)),
-              "wandb": (str, type(None))}  # fmt: skip
+META_TYPES = {
+    "step": int, "config": dict, "files": dict, "tokens_per_step": int, "loader": dict, "finished": bool,
+    "best": (dict, type(None)), "wandb": (str, type(None)),
+}  # fmt: skip
+
+
+STATE_FILE = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def is_checkpoint_file(name):
+    return name == "metrics.jsonl" or bool(STATE_FILE.fullmatch(name))
 
 
 def is_number(value):
@@ -2390,10 +2696,11 @@ def read_meta(path):
         raise ValueError(f"meta.json says best {meta['best']!r}")
     if meta.get("wandb") and not re.fullmatch(r"[\w-]{1,64}", meta["wandb"]):
         raise ValueError(f"meta.json says wandb {meta['wandb']!r}")
-    if not {"state.safetensors"} <= set(meta["files"]) <= {"state.safetensors", "metrics.jsonl"}:
+    if not any(map(STATE_FILE.fullmatch, meta["files"])) or not all(map(is_checkpoint_file, meta["files"])):
         raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
-    for name, facts in meta["files"].items():
-        found = file_facts(path / name)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found_facts = pool.map(lambda name: file_facts(path / name), meta["files"])
+    for (name, facts), found in zip(meta["files"].items(), found_facts, strict=True):
         if found != facts:
             what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
             raise ValueError(f"{name} is damaged: its {what} is {found[what]}, not {facts.get(what)}")
@@ -2410,36 +2717,98 @@ def newest_checkpoint(run_dir):
     return None
 
 
+def part_index(path, names):
+    """{array name: [(start, shape, slice of a safetensors file)]} of the state files of a checkpoint."""
+    from safetensors import safe_open
+
+    found = collections.defaultdict(list)
+    for name in names:
+        file = safe_open(path / name, "numpy")
+        starts = json.loads((file.metadata() or {}).get("start", "{}"))
+        for array in file.keys():
+            part = file.get_slice(array)
+            found[array].append((starts.get(array) or [0] * len(part.get_shape()), part.get_shape(), part))
+    return found
+
+
+def check_parts(parts, wanted):
+    """ValueError unless the parts are the whole arrays, named as in `wanted`, each once."""
+    if set(parts) != set(wanted):
+        raise ValueError("its arrays are not those of its Config")
+    for name, x in wanted.items():
+        ranges, size = set(), 0
+        for start, shape, part in parts[name]:
+            fits = len(start) == len(shape) == x.ndim and all(
+                0 <= first and first + length <= whole
+                for first, length, whole in zip(start, shape, x.shape, strict=True)
+            )
+            if not fits or part.get_dtype() != {"float32": "F32", "int32": "I32"}[x.dtype.name]:
+                raise ValueError("its arrays are not those of its Config")
+            ranges.add(tuple(start))
+            size += math.prod(shape)
+        if size != x.size or len(ranges) < len(parts[name]):
+            raise ValueError(f"{name} is there with {size} of its {x.size} numbers")
+
+
+def read_range(parts, shape, index):
+    """The slice `index` of an array of `shape`, put together from its parts; only what it needs is read."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    out = None
+    for start, sizes, part in parts:
+        both = [range(max(r.start, at), min(r.stop, at + n)) for r, at, n in zip(ranges, start, sizes, strict=True)]
+        if not all(both):
+            continue
+        inside = tuple(slice(b.start - at, b.stop - at) for b, at in zip(both, start, strict=True))
+        values = part[inside or ...]
+        if both == ranges:
+            return values
+        if out is None:
+            out = np.empty([len(r) for r in ranges], values.dtype)
+        out[tuple(slice(b.start - r.start, b.stop - r.start) for b, r in zip(both, ranges, strict=True))] = values
+    return out
+
+
+def load_array(config, x, parts):
+    """An array of the state, of the shape of `x`, on the devices of config's mesh: each reads what it is to hold."""
+    if config.devices == 1:
+        return jnp.asarray(read_range(parts, x.shape, (slice(None),) * x.ndim))
+    place = sharding(config, *weight_spec(config, x.shape), mesh=device_mesh(config))
+    seen = {}
+
+    def read(index):
+        key = str(index)
+        if key not in seen:
+            seen[key] = read_range(parts, x.shape, index)
+        return seen[key]
+
+    return jax.make_array_from_callback(x.shape, place, read)
+
+
 def load_checkpoint(path, config):
-    """(TrainState, meta) from a checkpoint of config's model; how it was trained, and on what, may differ.
+    """(TrainState, meta) from a checkpoint of config's model, on any mesh; how it was trained, and on what, may differ.
 
     InputError that names the fields that differ if it is of another model, or what is wrong with the files.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = Path(path)
     wanted = jax.eval_shape(lambda: init_train_state(config))
-    shapes = {
-        name: (list(x.shape), {"float32": "F32", "int32": "I32"}[x.dtype.name])
-        for name, x in named_arrays(wanted).items()
-    }
+    names = named_arrays(wanted)
     free_fields = [field.name for field in dataclasses.fields(config) if not field.compare]
     try:
         meta = read_meta(path)
         changed = differences(meta["config"], config, ignore=(*free_fields, *RUNTIME_FIELDS))
         if changed:
             raise InputError(f"checkpoint {path} is of another Config: {changed}")
-        with safe_open(path / "state.safetensors", "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            if {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()} != shapes:
-                raise ValueError("its arrays are not those of its Config")
-            arrays = [jnp.asarray(file.get_tensor(name)) for name in shapes]
+        parts = part_index(path, filter(STATE_FILE.fullmatch, meta["files"]))
+        check_parts(parts, names)
+        arrays = [load_array(config, x, parts[name]) for name, x in names.items()]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise InputError(f"checkpoint {path} cannot be read: {error}; delete it to use the one before it") from error
     state = jax.tree.unflatten(jax.tree.structure(wanted._replace(hyper={})), arrays)
-    return state._replace(hyper=hyperparams(config)), meta
+    return state._replace(hyper=put_hyper(config, hyperparams(config))), meta
 
 
 # %% Backup tags=["shared"]
@@ -2500,10 +2869,11 @@ def fetch_backup(config, run, folder):
     except MissingFileError:
         return
     with contextlib.suppress(ValueError, KeyError, TypeError):  # without a number no checkpoint is made, nor found
-        copy = Path(folder) / "checkpoints" / f"step_{int(json.loads(meta.read_text())['step']):08d}"
+        facts = json.loads(meta.read_text())
+        copy = Path(folder) / "checkpoints" / f"step_{int(facts['step']):08d}"
         copy.mkdir(parents=True)
         shutil.copyfile(meta, copy / "meta.json")
-        for name in ("state.safetensors", "metrics.jsonl"):
+        for name in filter(is_checkpoint_file, facts["files"]):
             shutil.copyfile(hub_download(config.hf_repo_id, f"{hub_folder(run)}/{name}", "model"), copy / name)
 
 
@@ -2536,21 +2906,21 @@ class Checkpointer:
     def save(self, state, **meta):
         if self.writing:
             self.writing.result()
-        arrays = host_arrays(state)
-        self.writing = in_background(lambda: self._write(arrays, meta))
+        step, files = int(state.step), host_parts(self.config, state)
+        self.writing = in_background(lambda: self._write(step, files, meta))
 
     def check(self):
         """Raises what went wrong with a checkpoint, as soon as it is known."""
         if self.writing and self.writing.done():
             self.writing.result()
 
-    def _write(self, arrays, meta):
+    def _write(self, step, files, meta):
         if (
             sys.platform == "linux"
         ):  # there a thread has a priority of its own: where cores are few, the step comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self.newest = write_checkpoint(self.run, self.config, arrays, meta)
-        if self.config.backup and (self.copying is None or self.copying.done()):
+        self.newest = write_checkpoint(self.run, self.config, step, files, meta)
+        if self.config.backup and is_first() and (self.copying is None or self.copying.done()):
             self.copying = in_background(self._copy)
 
     def _copy(self):
@@ -2587,8 +2957,27 @@ class Checkpointer:
 HOST_FIELDS = (
     "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
     "sample_interval", "save_interval", "profile_start", "profile_steps", "eval_tokens", "final_eval_tokens",
-    "keep_checkpoints", "backup", "wandb_mode", "wandb_project", "grad_clip", "nonfinite",
+    "keep_checkpoints", "backup", "wandb_mode", "wandb_project", "mesh", "device_batch_size", "total_batch_size",
+    "grad_clip", "nonfinite",
 )  # fmt: skip
+
+
+def step_size(meta):
+    """Tokens of an optimizer step in the run of a checkpoint."""
+    saved = meta["config"]
+    given, one_pass = saved["total_batch_size"], saved["device_batch_size"] * saved["seq_len"]
+    return meta.get("tokens_per_step", one_pass if given == -1 else given)  # older checkpoints lack it
+
+
+def keep_step_size(config, meta):
+    """config, with steps of as many tokens as the run that it goes on with has: on other devices as well."""
+    if config.tokens_per_step == step_size(meta):
+        return config
+    require(
+        config.total_batch_size == -1, "total_batch_size", config.total_batch_size,
+        f"the run to go on with has steps of {step_size(meta)} tokens; leave it at -1, or set resume='never'",
+    )  # fmt: skip
+    return config.replace(total_batch_size=step_size(meta))
 
 
 def open_run(config):
@@ -2623,6 +3012,7 @@ def open_run(config):
                 f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
                 "name another run_dir, or set resume='never' to start in a new folder"
             )
+        keep_step_size(config, newest[1])  # it can be kept, or is refused now
         return run, newest[0]
 
 
@@ -2684,7 +3074,8 @@ class Meter:
 
     def __init__(self, config):
         self.tokens_per_step, self.flops = config.tokens_per_step, flops_per_token(config)
-        self.peak = peak_flops(jax.devices()[0].device_kind)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak and peak * config.devices
         self.seconds, self.steps = 0.0, 0  # of training, in all
         self.restart()
 
@@ -2787,8 +3178,8 @@ def open_wandb(config, run, name):
 
 @contextlib.contextmanager
 def wandb_run(config, run, name):
-    """open_wandb, closed in the end; marked as failed if an error ends it."""
-    live = open_wandb(config, run, name)
+    """open_wandb, closed in the end; marked as failed if an error ends it. None on all processes but the first."""
+    live = open_wandb(config, run, name) if is_first() else None
     try:
         yield live
     except BaseException:
@@ -2834,7 +3225,8 @@ class Diverged(InputError):
 
 class RunLog:
     """Metrics of a run, to metrics.jsonl, TensorBoard, wandb if it is given, and a progress line that a reader sees
-    change in place; plain lines where nobody watches. In a notebook the loss curve is drawn anew from time to time."""
+    change in place; plain lines where nobody watches. In a notebook the loss curve is drawn anew from time to time.
+    Of several processes the first one writes; the others read their metrics for what is no number."""
 
     def __init__(self, config, run, step, report=None, wandb_run=None):
         from tensorboard.plugins.hparams import summary_v2 as hparams
@@ -2843,14 +3235,16 @@ class RunLog:
         self.report, self.wandb = report or (lambda step, values: None), wandb_run
         self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
         self.skips = config.nonfinite == "skip"
-        rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-        kept = [row for row in rows if row["step"] < step + ("val_loss" in row)]  # the others will be written again
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = (run / "metrics.jsonl").open("a", buffering=1)
-        cut_samples(run / "samples.txt", step)
-        self.events = EventFileWriter(str(run), flush_secs=10)
-        self.add_event(hparams.hparams_pb(dataclasses.asdict(config)), 0)
-        self.live = someone_watches()
+        if is_first():
+            rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+            kept = [row for row in rows if row["step"] < step + ("val_loss" in row)]  # the others will be written again
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.file = (run / "metrics.jsonl").open("a", buffering=1)
+            cut_samples(run / "samples.txt", step)
+            self.events = EventFileWriter(str(run), flush_secs=10)
+            settings = dataclasses.asdict(config) | {"mesh": str(config.mesh)}
+            self.add_event(hparams.hparams_pb(settings), 0)
+        self.live = someone_watches() and is_first()
         self.bar = tqdm(
             total=self.total, initial=step, disable=IN_NOTEBOOK or not self.live,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
@@ -2874,6 +3268,8 @@ class RunLog:
         """One line of metrics.jsonl, and a scalar for each value that is not None."""
         from tensorboard.plugins.scalar import summary_v2 as scalar
 
+        if not is_first():
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.report(step, values)
         if self.wandb:
@@ -2884,6 +3280,8 @@ class RunLog:
 
     def draw(self):
         """The loss curve so far, to loss.png and, in a notebook, in place of the one before."""
+        if not is_first():
+            return
         started = time.perf_counter()
         plot_loss(self.run)
         if self.draws:
@@ -2979,6 +3377,8 @@ class RunLog:
         self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
 
     def samples(self, texts):
+        if not is_first():
+            return
         with (self.run / "samples.txt").open("a") as file:
             file.write(f"--- step {self.done}\n" + "".join(f"{text}\n\n" for text in texts))
         from tensorboard.plugins.text import summary_v2 as text_summary
@@ -2993,8 +3393,9 @@ class RunLog:
 
     def close(self):
         self.bar.close()
-        self.file.close()
-        self.events.close()
+        if is_first():
+            self.file.close()
+            self.events.close()
 
 
 # %% [markdown]
@@ -3685,8 +4086,7 @@ def time_by_component(config, run):
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of jax's reader, about itself
         events, steps = traced_steps(run)
     require(events and steps, "run_dir", str(run), "holds a trace without train steps")
-    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    state = jax.eval_shape(lambda: init_train_state(config))
+    state, tokens = abstract_step(config, device_mesh(config))
     names = program_components(train_step.lower(config, state, tokens, tokens).compile().as_text())
     parts = collections.Counter()
     for name, nanoseconds in shared_time(events).items():
@@ -3721,12 +4121,34 @@ def stop_requests():
         asked.append(signal.Signals(number).name)
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    if jax.process_count() > 1:  # SIGTERM is jax's there: it lets all processes know, and agree on a step
+        numbers = ()
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def all_stop(step):
+    """Whether one of several processes has been asked to stop, and `step` is the one after which all do."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def open_run_together(config):
+    """open_run by the first process, for all. InputError if another one does not see the folder."""
+
+    def open_first():
+        run, checkpoint = open_run(config)
+        for rest in (run / "checkpoints").glob(".*.tmp"):  # of processes that were killed while they wrote
+            shutil.rmtree(rest, ignore_errors=True)
+        return str(run), checkpoint and str(checkpoint)
+
+    run, checkpoint = on_first(open_first)
+    seen = from_all_processes(np.array([(Path(run) / "config.json").exists()]))
+    require(seen.all(), "run_dir", config.run_dir, "must be a folder on storage that all hosts share")
+    return Path(run), checkpoint and Path(checkpoint)
 
 
 @contextlib.contextmanager
@@ -3756,17 +4178,22 @@ def train(config, report=None):
     SIGTERM and KeyboardInterrupt end it after the step that runs, with a checkpoint; `stopped` names the signal then.
     """
     started = time.perf_counter()
-    shards, fetch_validation = list_shards(config)
-    announce_downloads(config, [*shards, fetch_validation])
-    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
-        check_shard(fetch())
-    tokenizer = find_tokenizer(config, shards[0]())
+    device_mesh(config)  # are there as many devices?
+    check_alike("the Config", str(config))
+    with first_process_first():
+        shards, fetch_validation = list_shards(config)
+        announce_downloads(config, [*shards, fetch_validation])
+        for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
+            check_shard(fetch())
+        tokenizer = find_tokenizer(config, shards[0]())
+    check_alike("the tokenizer", str(tokenizer._mergeable_ranks))
     validation = in_background(lambda: check_shard(fetch_validation()))
     open_backup(config)
-    run, checkpoint = open_run(config)
+    run, checkpoint = open_run_together(config)
     if checkpoint:
+        config = keep_step_size(config, read_meta(checkpoint))
         state, meta = load_checkpoint(checkpoint, config)
-        if "metrics.jsonl" in meta["files"]:  # whole, whatever has become of the file that was being written
+        if "metrics.jsonl" in meta["files"] and is_first():  # whole, whatever became of the file that was being written
             shutil.copyfile(checkpoint / "metrics.jsonl", run / "metrics.jsonl")
     else:
         state, meta = init_train_state(config), {"step": 0}
@@ -3775,7 +4202,7 @@ def train(config, report=None):
 
     batches, result, best = None, {"loss": None, "bpb": None, "by_position": None}, meta.get("best")
     stop_tracing = min(config.profile_start + config.profile_steps, total)
-    traced = range(config.profile_start, stop_tracing) if first <= config.profile_start else ()
+    traced = range(config.profile_start, stop_tracing) if first <= config.profile_start and is_first() else ()
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
         if checkpoint:
@@ -3810,6 +4237,8 @@ def train(config, report=None):
                     trace.close()
 
             done, last, evaluated = step + 1, step + 1 == total, {}
+            if all_stop(done):
+                asked.append("SIGTERM")
             if last or due(done, config.eval_interval):
                 with log.paused(state, "evaluation"):
                     if last or not batches:  # the last evaluation takes more of the shard
@@ -3864,7 +4293,11 @@ def describe_run(config, run, first):
     kind, counts, steps = jax.devices()[0].device_kind, count_params(config), config.total_steps
     peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
     tokens = steps * config.tokens_per_step / 1e6
-    print(f"device  {kind}, peak {peak}")
+    data, fsdp = config.mesh_shape
+    several = f"{config.devices} × " if config.devices > 1 else ""
+    print(f"device  {several}{kind}, peak {peak}" + (f" each; mesh: data {data}, fsdp {fsdp}" if several else ""))
+    if jax.process_count() > 1:
+        print(f"hosts   {jax.process_count()}; the first one logs")
     print(f"model   {describe_params(counts)}")
     print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
     print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
@@ -3898,6 +4331,7 @@ def show_summary(summary):
 
 # %% Configure tags=["run"]
 with one_line_errors():
+    join_hosts()
     chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
     default = Config() if chips else Config.for_device()
     config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
@@ -3925,6 +4359,8 @@ with one_line_errors():
 show_summary(summary)
 if summary["stopped"] and not IN_NOTEBOOK:
     raise SystemExit(128 + signal.Signals[summary["stopped"]])
+if jax.process_count() > 1:
+    raise SystemExit  # what follows looks at the model, on one host
 
 # %% [markdown]
 # **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then

@@ -220,10 +220,15 @@ def several_hosts():
 
 def watch_over():
     """Runs this script again, in a child, and returns its exit status. If it was aborted, says why and what to do."""
-    environment = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment)
-    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal sends it to the child as well
+    environment, asked = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}, []
+    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, start_new_session=True)
+
+    def ask(number, frame):  # a terminal's Ctrl-C reaches only this process, and both signals mean: stop all hosts
+        child.send_signal(signal.SIGKILL if asked and number == signal.SIGINT else signal.SIGTERM)
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
     status = child.wait()
     if status < 0:
         print(
@@ -564,7 +569,7 @@ class BaseConfig:
         """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
         if jax.default_backend() == "cpu":
             return cls.demo()
-        config, device = cls(), jax.devices()[0]
+        config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
@@ -2200,7 +2205,8 @@ def init_train_state(config):
     """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
     key, hyper = jax.random.key(config.seed), hyperparams(config)
     if config.devices > 1 and not isinstance(key, jax.core.Tracer):  # where the key is, there the state will be
-        key, hyper = jax.device_put(key, sharding(config, mesh=device_mesh(config))), put_hyper(config, hyper)
+        key = jax.random.wrap_key_data(put_whole(config, jax.random.key_data(key)))
+        hyper = put_hyper(config, hyper)
     return TrainState(*init_arrays(config, key), hyper)
 
 
@@ -2563,7 +2569,7 @@ def host_parts(config, state):
         start = [index.start or 0 for index in shard.index]
         i = max((n * first // size for first, size in zip(start, shape, strict=True)), default=0)
         file = "state.safetensors" if n == 1 else f"state-{i:05d}-of-{n:05d}.safetensors"
-        files[file][name] = start, np.array(part)
+        files[file][name] = start, np.array(part, order="C")
     return files
 
 
@@ -2600,7 +2606,7 @@ def write_parts(folder, files):
     def write(name):
         parts = files[name]
         split = {array: start for array, (start, _) in parts.items() if "-of-" in name}
-        arrays = {array: np.ascontiguousarray(part) for array, (_, part) in parts.items()}
+        arrays = {array: part for array, (_, part) in parts.items()}
         save_file(arrays, folder / name, metadata={"start": json.dumps(split)} if split else None)
         flush_to_disk(folder / name)
         return file_facts(folder / name)
@@ -3120,7 +3126,7 @@ def due(step, interval):
 
 def peak_memory():
     """Bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

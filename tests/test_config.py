@@ -81,6 +81,7 @@ def test_every_field_refuses_every_wrong_type(nb):
         int: (None, True, "8", 8.0, [8], math.nan),
         float: (None, False, "0.1", [0.1], math.nan, math.inf, -math.inf),
         str: (None, True, 3, b"SSSL"),
+        str | tuple: (None, True, 8, 2.5, b"2x4", "8", "2x", (8,), (0, 8), (2, -4), (2.0, 4), (1, 2, 4), (True, 8)),
     }
     for field in dataclasses.fields(nb.Config):
         for value in wrong[field.type]:
@@ -189,7 +190,7 @@ def test_the_step_fits_the_device(nb, monkeypatch, device, rows):
 COMPILED = dict(
     n_head=4, n_kv_head=2, head_dim=64, aspect_ratio=32, vocab_size=4096, seq_len=1024, window_pattern="L",
     softcap=30.0, attn_impl="einsum", splash_block_size=512, compute_dtype="float32", device_batch_size=2,
-    total_batch_size=16384, grad_clip=1.0, nonfinite="skip",
+    total_batch_size=16384, grad_clip=1.0, nonfinite="skip", mesh=(1, 1),
 )  # fmt: skip
 
 

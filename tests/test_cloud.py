@@ -1,0 +1,177 @@
+"""The commands that the README and cloud/ tell a reader to type exist: files, options, values, verbs."""
+
+import re
+import shlex
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tools.notebooks import load
+
+DOCS = ["README.md", *sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*"))]
+# Taken from the command line before parse_args sees the rest; --preflight, --scaling and --preset have one value.
+BEFORE = {"--preflight", "--scaling", "--preset", "--help"}
+WORKER = {"--sweep_id", "--project", "--entity", "--runs", "--trials"}  # 03_worker's own
+NUMBER = {f"--{name}" for name in ("runs", "trials")}
+COMMAND = re.compile(r"(?:\bpython|host\.sh start) +(?:-u +)?(0\w+\.(?:py|ipynb))([^\n`'#|;&)]*)")
+
+
+def read(doc):
+    return (ROOT / doc).read_text(encoding="utf-8")
+
+
+def commands(text):
+    """[(notebook, its options)] of each command line that starts a notebook, here or on a host."""
+    return [
+        (notebook, shlex.split(rest.replace('"', " "))) for notebook, rest in COMMAND.findall(text.replace("\\\n", " "))
+    ]
+
+
+def check_command(notebook, options):
+    """ValueError or FileNotFoundError if the notebook would refuse the options."""
+    module = load(ROOT / notebook)
+    own = BEFORE | (WORKER if notebook.startswith("03") else set())
+    rest, words = [], [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        name = words.pop(0)
+        value = [words.pop(0)] if words and not words[0].startswith("--") else []
+        if not name.startswith("--"):
+            raise ValueError(f"{name!r} is no option")
+        if name not in own:
+            rest += [name, *value]
+        elif name in NUMBER:
+            int(*value)
+    default = module.Config.demo() if hasattr(module.Config, "demo") else module.Config()
+    module.parse_args(rest, default)
+
+
+def missing_files(doc, text):
+    """Of the links, and of the paths below our folders and the requirements that a text names, those not there."""
+    here = (ROOT / doc).parent
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)\)", text) if "://" not in link]
+    paths = re.findall(r"(?<![\w.])((?:benchmarks|cloud|docs|tests|tools)/[\w/.-]*\w)", text)
+    paths += re.findall(r"-r +([\w./-]+\w)", text) + [notebook for notebook, _ in commands(text)]
+    lost = [link for link in links if not (here / link).exists()]
+    return lost + [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_are_understood(doc):
+    for notebook, options in commands(read(doc)):
+        check_command(notebook, options)
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_named_files_exist(doc):
+    assert not missing_files(doc, read(doc))
+
+
+def test_every_way_to_start_a_run_is_found():
+    """Else the two tests above would pass on nothing."""
+    found = {doc: [notebook for notebook, _ in commands(read(doc))] for doc in DOCS}
+    assert len(found["README.md"]) > 5
+    assert found["cloud/sky.yaml"] == ["04_maxtext.py"]
+    text = 'on "tpuchat/cloud/host.sh start 04_maxtext.py --seed 1 --run_dir /mnt/a"  # again\n'
+    text += "    'pip install x &&\n exec python 02_train.py --seed=2' && python 01_tokenizer.py \\\n  --help\n"
+    assert commands(text) == [
+        ("04_maxtext.py", ["--seed", "1", "--run_dir", "/mnt/a"]),
+        ("02_train.py", ["--seed=2"]),
+        ("01_tokenizer.py", ["--help"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python 02_train.py --n_heads 6",
+        "python 02_train.py --n_head six",
+        "python 02_train.py --n_head 0",
+        "python 04_maxtext.py run --seed 1",
+        "python 02_train.py --trials 3",
+        "python 05_nothing.py",
+        "~/venv/bin/python 04_maxtext.py --presets v6e_8",
+    ],
+)
+def test_a_wrong_command_is_refused(line):
+    ((notebook, options),) = commands(line)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        check_command(notebook, options)
+
+
+def test_a_missing_file_is_named():
+    text = "[a](nothing.md) [b](../README.md) [c](https://x.org/y) `bash cloud/none.sh` -r requirement.txt"
+    assert missing_files("cloud/README.md", text) == ["nothing.md", "cloud/none.sh", "requirement.txt"]
+
+
+def test_host_script():
+    """It is bash, knows each verb that the docs use, and without one says what there is."""
+    script = ROOT / "cloud" / "host.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    verbs = set(re.findall(r"^(\w+)\) ", read("cloud/host.sh"), re.M))
+    used = {verb for doc in DOCS for verb in re.findall(r"cloud/host\.sh (\w+)", read(doc))}
+    assert verbs == used == {"setup", "start", "stop"}
+    told = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert told.returncode == 2
+    assert all(f"host.sh {verb}" in told.stderr for verb in verbs)
+
+
+@pytest.fixture
+def host(tmp_path):
+    """host.sh, as on a host where the mount is there, with a Python that only notes what it is given."""
+    tools, venv = tmp_path / "tools", tmp_path / "venv" / "bin"
+    for folder in (tools, venv):
+        folder.mkdir(parents=True)
+    python = "#!/bin/bash\ntrap 'sleep 0.5; echo saved; exit 0' TERM\n"
+    python += 'echo "$@" "$HF_TOKEN"\nwhile :; do sleep 0.1; done\n'
+    for path, text in ((tools / "mountpoint", "#!/bin/sh\n"), (venv / "python", python)):
+        path.write_text(text)
+        path.chmod(0o755)
+    (tmp_path / "tpuchat.env").write_text("HF_TOKEN=hidden\n")
+    env = {"HOME": str(tmp_path), "PATH": f"{tools}:/usr/bin:/bin"}
+
+    def run(*words):
+        command = ["bash", ROOT / "cloud" / "host.sh", *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+
+    run.home = tmp_path
+    yield run
+    run("stop")
+
+
+def test_start_and_stop_on_a_host(host):
+    """A second start is refused; stop waits for the checkpoint; then the same start is accepted."""
+    log = host.home / "tpuchat.log"
+    assert host("stop").returncode == 0  # nothing runs
+    assert host("start", "02_train.py", "--seed", "1").returncode == 0
+    while not log.read_text():
+        time.sleep(0.05)
+    again = host("start", "02_train.py")
+    assert (again.returncode, "already running" in again.stderr) == (1, True)
+    assert host("stop").returncode == 0
+    assert log.read_text().splitlines() == ["-u 02_train.py --seed 1 hidden", "saved"]
+    assert host("start", "02_train.py").returncode == 0
+
+
+def test_no_start_without_the_mount(host):
+    (host.home / "tools" / "mountpoint").write_text("#!/bin/sh\nexit 1\n")
+    start = host("start", "02_train.py")
+    assert (start.returncode, "not mounted" in start.stderr) == (1, True)
+    assert not (host.home / "tpuchat.log").exists()
+
+
+def test_sky_task():
+    """Its two scripts are bash, and use no variable that it does not declare."""
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load(read("cloud/sky.yaml"))
+    assert task["envs"]["BUCKET"] is None  # nobody else's bucket by default
+    assert task["resources"]["autostop"]["down"]  # a slice of several hosts cannot be stopped, only deleted
+    for script in (task["setup"], task["run"]):
+        assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+        assert set(re.findall(r"\$(\w+)", script)) <= set(task["envs"])
+
+
+def test_no_secret_on_a_command_line():
+    for doc in DOCS:
+        assert not re.search(r"(--env|--secret|export) +(HF_TOKEN|WANDB_API_KEY)=", read(doc)), doc

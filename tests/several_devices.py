@@ -1,6 +1,6 @@
 """What test_mesh.py wants to know of eight devices: run in a process of its own, since jax counts its devices once.
 
-    python -m tests.several_devices NAME ARGUMENT…      prints a JSON object
+python -m tests.several_devices NAME ARGUMENT…      prints a JSON object
 """
 
 import json
@@ -22,8 +22,8 @@ STEPS = 10
 
 
 def small_config(nb, mesh, passes=1, **changes):
-    """16 sequences a step, on one device or on eight, in one pass or several. eps is large beside the rounding of gradients, which Adam would
-    otherwise blow up to a full update where the gradient itself is nearly zero."""
+    """16 sequences a step, on one device or on eight, in one pass or several. eps is large beside the rounding of
+    gradients, which Adam would otherwise blow up to a full update where the gradient itself is nearly zero."""
     config = dict(
         n_head=2, n_kv_head=1, head_dim=64, window_pattern="SL", vocab_size=512, seq_len=128, splash_block_size=128,
         compute_dtype="float32", attn_impl="einsum", num_iterations=STEPS, learning_rate=0.01, eps=1e-3, mesh=mesh,

@@ -101,6 +101,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
@@ -175,6 +176,15 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
+
+# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without this
+# the arithmetic waits (LOG.md has what it is worth). One chip's program is the same with it; your own flags come last.
+COLLECTIVES_ASIDE = " ".join(
+    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=true"
+    for kind in ("all_gather", "reduce_scatter", "all_reduce")
+)
+if COLLECTIVES_ASIDE not in os.environ.get("LIBTPU_INIT_ARGS", ""):
+    os.environ["LIBTPU_INIT_ARGS"] = f"{COLLECTIVES_ASIDE} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 
 # Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
 NO_TPU = {
@@ -1275,6 +1285,15 @@ def from_parts(config, x):
         x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
         return constrain(config, x, ROWS)
     return x.reshape(-1, *x.shape[2:])
+
+
+def arrange(config, devices):
+    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
+
+    InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
 
 
 def on_each_device(config, function):
@@ -2787,13 +2806,33 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s
     clock: float  # Hz, of the compiler's cycles
     credits: float | None  # Colab compute units for an hour
+    link: float  # bytes/s to a neighbouring chip, one way ("How to Scale Your Model", 2025)
 
 
 CHIPS = {
-    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71),
-    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None),
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71, 9e10),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
 }
 DOLLARS_PER_CREDIT = 50 / 600
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips that one can rent
+HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
+
+
+def parse_topology(name):
+    """('v6e', (2, 4)) of 'v6e:2x4'; a chip alone is a slice of (1, 1). InputError if there is no such slice."""
+    chip, _, slice_ = name.partition(":")
+    known = chip in CHIPS and slice_ in ("", *SLICES.values())
+    slices = ", ".join(f"v6e:{size}" for size in SLICES.values())
+    require(known, "preflight", name, f"must be one of {', '.join(CHIPS)}, or all, or a slice of several: {slices}")
+    return chip, tuple(int(n) for n in (slice_ or "1x1").split("x"))
+
+
+def on_topology(config, topology):
+    """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
+    chips = math.prod(parse_topology(topology)[1])
+    config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
+    require(config.devices == chips, "mesh", config.mesh, f"{topology} has {chips} chips: (data, fsdp) must multiply to it")
+    return config
 
 
 # %% Train tags=["shared"]

@@ -3397,6 +3397,8 @@ def find_collective(program, shapes, x):
             return None
         body = program.get(called[1], [])
         inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
+        if any(y.opcode in ("convolution", "fusion") for y in body):  # arithmetic, beside which one goes on: a v5e's way
+            return None
         found = inner and find_collective(program, {y.name: y.shape for y in body}, inner)
         # Of a sum, each chip keeps its part: a reduce-scatter by another name.
         return found._replace(kind="reduce-scatter") if found and "all-reduce-scatter" in called[1] else found
@@ -3617,10 +3619,11 @@ def waits(ops, seconds, chip, links):
     """
     now, free, running, found = 0.0, 0.0, {}, []
     for op, own in zip(ops, seconds, strict=True):
-        verb = op.opcode.rpartition("-")[2] if re.search("-(start|update|done)$", op.opcode) else ""
-        source = op.operands[0] if op.operands else None
+        verb = re.search("(?:^async-collective|-)(start|update|done)", op.name if op.opcode == "fusion" else op.opcode)
+        verb = verb[1] if verb else ""
+        source = op.name.replace("done", "start") if op.opcode == "fusion" else next(iter(op.operands), None)
         if op.collective or source in running:
-            first, sent, done = running.pop(source, (op, op.collective, None)) if verb != "start" else (op, op.collective, None)
+            first, sent, done = running.pop(source, (op, op.collective, None))
             needs = link_seconds(sent, chip, links.get(sent.chips, 2))
             if verb != "done" and op.operands:  # what it sends is there
                 free = done = max(now, free) + needs
@@ -3957,20 +3960,32 @@ def plot_scaling(table, chip, path):
 
 
 # %% Preflight from the command line tags=["shared"]
-def preflight_option(argv):
-    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4` or `--preflight all`: single chips."""
+def take_options(argv, name):
+    """([value of each `--name value` or `--name=value`], the other words)."""
     found, rest = [], []
-    for option in (words := iter(argv)):
-        name, _, value = option.partition("=")
-        if name != "--preflight":
-            rest.append(option)
-            continue
-        topology = value or next(words, "")
-        if topology == "all":
-            found += CHIPS
+    for word in (words := iter(argv)):
+        option, _, value = word.partition("=")
+        if option == f"--{name}":
+            found.append(value or next(words, ""))
         else:
-            parse_topology(topology)
-            found.append(topology)
+            rest.append(word)
+    return found, rest
+
+
+def preflight_option(argv):
+    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4`, or `--preflight all`, the chips."""
+    found, rest = take_options(argv, "preflight")
+    found = [name for value in found for name in (CHIPS if value == "all" else [value])]
+    for name in found:
+        parse_topology(name)
+    return found, rest
+
+
+def scaling_option(argv):
+    """([chips], the other options): `--scaling v6e`."""
+    found, rest = take_options(argv, "scaling")
+    for chip in found:
+        require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
     return found, rest
 
 
@@ -4281,26 +4296,30 @@ def show_summary(summary):
 
 # %% Configure tags=["run"]
 with one_line_errors():
-    chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
-    default = Config() if chips else Config.for_device()
-    config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
+    topologies, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
+    chips, options = scaling_option(options)
+    default = Config() if topologies or chips else Config.for_device()
+    config = parse_args(options, default, "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; "
+                        "--scaling v6e | v5e: ask it about 1, 8 and 64 chips")  # fmt: skip
 
 # %% [markdown]
 # Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
 # As a script: `python 02_train.py --preflight v6e`, with other options as you like.
 
 # %% Ask the compiler tags=["run"]
-PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
+PREFLIGHT = ""  # @param ["", "v6e", "v5e", "v6e:2x4", "v5e:2x4", "v6e:8x8"]
 if PREFLIGHT:
     from IPython.display import Image, display
 
     report = preflight(Config(), PREFLIGHT)
     if report["fits"]:
         display(Image(str(report["picture"])))
-if chips:
+if topologies or chips:
     with one_line_errors():
-        reports = [preflight(config, chip) for chip in chips]
-    raise SystemExit(not all(report["fits"] for report in reports))
+        fits = all([preflight(config, topology)["fits"] for topology in topologies])
+        for chip in chips:
+            scaling(config, chip)
+    raise SystemExit(not fits)
 
 # %% Train it tags=["run"]
 with one_line_errors():

@@ -499,6 +499,31 @@ class Config(BaseConfig):
         return cls(n_layer=8, n_kv_head=1, device_batch_size=4, total_batch_size=64 * 2048, run_dir="runs/small")
 
     @classmethod
+    def v6e_8(cls):
+        """1.3B parameters for eight v6e.
+
+        20 tokens a parameter (Hoffmann et al. 2022) are 27B tokens, and 6·N·tokens = 2.2e20 FLOPs. Eight chips at 45%
+        of their 918 TFLOP/s do 3.3e15 a second: 18 hours.
+        """
+        return cls(
+            n_embd=2048, n_layer=24, mlp_dim=6144, n_head=8, n_kv_head=4, mesh=(1, 8), device_batch_size=4,
+            learning_rate=4e-4, target_param_data_ratio=20.0, run_dir="runs/v6e-8",
+        )  # fmt: skip
+
+    @classmethod
+    def v6e_64(cls):
+        """6.8B parameters for 64 v6e, a slice of 8×8.
+
+        20 tokens a parameter are 137B tokens, and 6·N·tokens = 5.6e21 FLOPs. 64 chips at 45% of their 918 TFLOP/s do
+        2.6e16 a second: two and a half days. `minimal`: the weights are gathered again for the backward pass, since a
+        chip would not hold them all from one to the other.
+        """
+        return cls(
+            n_embd=4096, n_layer=34, mlp_dim=12288, n_head=16, n_kv_head=4, mesh=(1, 64), device_batch_size=2,
+            remat="minimal", learning_rate=2e-4, target_param_data_ratio=20.0, run_dir="runs/v6e-64",
+        )  # fmt: skip
+
+    @classmethod
     def demo(cls):
         """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
@@ -507,6 +532,18 @@ class Config(BaseConfig):
             run_dir="runs/maxtext-demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
+
+
+# %% Presets
+PRESETS = "small", "demo", "v6e_8", "v6e_64"  # named constructors of Config
+
+
+def preset_option(argv):
+    """(the Config that `--preset NAME` names, or None, the other options)."""
+    names, rest = take_options(argv, "preset")
+    for name in names:
+        require(name in PRESETS, "preset", name, f"must be one of {', '.join(PRESETS)}")
+    return (getattr(Config, names[-1])() if names else None), rest
 
 
 # %% Config from the command line tags=["shared"]
@@ -3330,6 +3367,8 @@ def find_collective(program, shapes, x):
             return None
         body = program.get(called[1], [])
         inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
+        if any(y.opcode in ("convolution", "fusion") for y in body):  # arithmetic, beside which one goes on: a v5e's way
+            return None
         found = inner and find_collective(program, {y.name: y.shape for y in body}, inner)
         # Of a sum, each chip keeps its part: a reduce-scatter by another name.
         return found._replace(kind="reduce-scatter") if found and "all-reduce-scatter" in called[1] else found
@@ -3550,10 +3589,11 @@ def waits(ops, seconds, chip, links):
     """
     now, free, running, found = 0.0, 0.0, {}, []
     for op, own in zip(ops, seconds, strict=True):
-        verb = op.opcode.rpartition("-")[2] if re.search("-(start|update|done)$", op.opcode) else ""
-        source = op.operands[0] if op.operands else None
+        verb = re.search("(?:^async-collective|-)(start|update|done)", op.name if op.opcode == "fusion" else op.opcode)
+        verb = verb[1] if verb else ""
+        source = op.name.replace("done", "start") if op.opcode == "fusion" else next(iter(op.operands), None)
         if op.collective or source in running:
-            first, sent, done = running.pop(source, (op, op.collective, None)) if verb != "start" else (op, op.collective, None)
+            first, sent, done = running.pop(source, (op, op.collective, None))
             needs = link_seconds(sent, chip, links.get(sent.chips, 2))
             if verb != "done" and op.operands:  # what it sends is there
                 free = done = max(now, free) + needs
@@ -3890,20 +3930,32 @@ def plot_scaling(table, chip, path):
 
 
 # %% Preflight from the command line tags=["shared"]
-def preflight_option(argv):
-    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4` or `--preflight all`: single chips."""
+def take_options(argv, name):
+    """([value of each `--name value` or `--name=value`], the other words)."""
     found, rest = [], []
-    for option in (words := iter(argv)):
-        name, _, value = option.partition("=")
-        if name != "--preflight":
-            rest.append(option)
-            continue
-        topology = value or next(words, "")
-        if topology == "all":
-            found += CHIPS
+    for word in (words := iter(argv)):
+        option, _, value = word.partition("=")
+        if option == f"--{name}":
+            found.append(value or next(words, ""))
         else:
-            parse_topology(topology)
-            found.append(topology)
+            rest.append(word)
+    return found, rest
+
+
+def preflight_option(argv):
+    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4`, or `--preflight all`, the chips."""
+    found, rest = take_options(argv, "preflight")
+    found = [name for value in found for name in (CHIPS if value == "all" else [value])]
+    for name in found:
+        parse_topology(name)
+    return found, rest
+
+
+def scaling_option(argv):
+    """([chips], the other options): `--scaling v6e`."""
+    found, rest = take_options(argv, "scaling")
+    for chip in found:
+        require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
     return found, rest
 
 
@@ -4203,26 +4255,32 @@ def show_summary(summary):
 
 # %% Configure tags=["run"]
 with one_line_errors():
-    chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
-    default = Config() if chips else Config.for_device()
-    config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
+    topologies, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
+    chips, options = scaling_option(options)
+    preset, options = preset_option(options)
+    default = preset or (Config() if topologies or chips else Config.for_device())
+    config = parse_args(options, default, f"--preset {' | '.join(PRESETS)}: another size to begin with; "
+                        "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; "
+                        "--scaling v6e | v5e: ask it about 1, 8 and 64 chips")  # fmt: skip
 
 # %% [markdown]
 # Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
 # As a script: `python 04_maxtext.py --preflight v6e`, with other options as you like.
 
 # %% Ask the compiler tags=["run"]
-PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
+PREFLIGHT = ""  # @param ["", "v6e", "v5e", "v6e:2x4", "v5e:2x4", "v6e:8x8"]
 if PREFLIGHT:
     from IPython.display import Image, display
 
     report = preflight(Config(), PREFLIGHT)
     if report["fits"]:
         display(Image(str(report["picture"])))
-if chips:
+if topologies or chips:
     with one_line_errors():
-        reports = [preflight(config, chip) for chip in chips]
-    raise SystemExit(not all(report["fits"] for report in reports))
+        fits = all([preflight(config, topology)["fits"] for topology in topologies])
+        for chip in chips:
+            scaling(config, chip)
+    raise SystemExit(not fits)
 
 # %% Train it tags=["run"]
 with one_line_errors():

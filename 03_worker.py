@@ -2814,7 +2814,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
 }
 DOLLARS_PER_CREDIT = 50 / 600
-SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips that one can rent
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
 HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
 
 
@@ -2831,7 +2831,7 @@ def on_topology(config, topology):
     """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
     chips = math.prod(parse_topology(topology)[1])
     config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
-    require(config.devices == chips, "mesh", config.mesh, f"{topology} has {chips} chips: (data, fsdp) must multiply to it")
+    require(config.devices == chips, "mesh", config.mesh, f"data · fsdp must be the {chips} chips of {topology}")
     return config
 
 

@@ -3076,7 +3076,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
 }
 DOLLARS_PER_CREDIT = 50 / 600
-SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips that one can rent
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
 HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
 
 
@@ -3093,7 +3093,7 @@ def on_topology(config, topology):
     """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
     chips = math.prod(parse_topology(topology)[1])
     config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
-    require(config.devices == chips, "mesh", config.mesh, f"{topology} has {chips} chips: (data, fsdp) must multiply to it")
+    require(config.devices == chips, "mesh", config.mesh, f"data · fsdp must be the {chips} chips of {topology}")
     return config
 
 # %% Compile for a chip tags=["shared"]
@@ -3199,7 +3199,7 @@ def compile_for(topology, step, args, donated=0, schedules=None, mesh=(1, 1)):
 
 
 def compile_step(config, topology):
-    """The train step of `config`, Compiled for `topology`, its state donated. CompileError if the compiler refuses it."""
+    """The train step of `config`, Compiled for `topology`, its state donated. CompileError if it is refused."""
     config = on_topology(config, topology)
     state = jax.eval_shape(lambda: init_train_state(config))
     tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
@@ -3367,11 +3367,12 @@ def find_collective(program, shapes, x):
             return None
         body = program.get(called[1], [])
         inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
-        if any(y.opcode in ("convolution", "fusion") for y in body):  # arithmetic, beside which one goes on: a v5e's way
+        if any(y.opcode in ("convolution", "fusion") for y in body):  # a v5e: arithmetic, beside which one goes on
             return None
         found = inner and find_collective(program, {y.name: y.shape for y in body}, inner)
-        # Of a sum, each chip keeps its part: a reduce-scatter by another name.
-        return found._replace(kind="reduce-scatter") if found and "all-reduce-scatter" in called[1] else found
+        if found and "all-reduce-scatter" in called[1]:  # each chip keeps its part of a sum: half of the way
+            found = found._replace(kind="reduce-scatter", hops=found.hops // 2)
+        return found
     local = sum(hbm_bytes(re.sub(r"S\(\d+\)", "", shapes.get(operand, ""))) for operand in x.operands)
     chips = group_size(x.rest)
     phases = re.search(r"phase_rings(.*?)\]|cores:\{([^}]*)\}", x.rest)
@@ -3691,7 +3692,7 @@ def describe_memory(config, chip, compiled):
 
 
 def describe_time(config, chip, seconds):
-    """Prints what an estimated step of `seconds` means for the run; returns tokens per second, of all chips, and MFU."""
+    """Prints what an estimated step of `seconds` means for the run; returns tokens per second of all chips, and MFU."""
     kind, steps = CHIPS[chip].kind, config.total_steps
     rate, hours = config.tokens_per_step / seconds, steps * seconds / 3600
     mfu = flops_per_token(config) * rate / peak_flops(kind) / config.devices
@@ -3747,7 +3748,7 @@ def describe_waits(config, chip, found, seconds):
         waited = sum(w.op.times * w.exposed for w in same)
         print(f"{1e3 * waited:12.2f} ms exposed: {times} × {kind} of {size / 1e6:,.1f} MB over {chips} chips, "
               f"{1e3 * same[0].seconds:.2f} ms each")  # fmt: skip
-    print("        published: the links' speed; the compiler's: which collectives, how large, around which rings, when;")
+    print("        published: the links' speed; the compiler's: which collectives, of what size, in which rings, when;")
     print(f"        assumed: full speed, {HOP * 1e6:.0f} µs a hop, one collective at a time, none slows the arithmetic")
 
 
@@ -3829,8 +3830,8 @@ def preflight(config, topology="v6e"):
     started = time.perf_counter()
     counts = count_params(config)["total"]
     mesh = f" on each chip of a mesh {config.mesh_shape[0]} × {config.mesh_shape[1]}" if config.devices > 1 else ""
-    print(f"preflight on {topology}: {counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens "
-          f"× {config.grad_accum_steps} a step{mesh}", flush=True)  # fmt: skip
+    size = f"{counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens"
+    print(f"preflight on {topology}: {size} × {config.grad_accum_steps} a step{mesh}", flush=True)
     try:
         compiled, parts, unknown, found = ask(config, topology)
     except CompileError as error:
@@ -3874,8 +3875,8 @@ def scaled(config, chips, total=None):
 
 
 def scaling(config, chip="v6e", counts=(1, 8, 64)):
-    """Compiles the step for 1, 8 and 64 chips, at constant tokens a chip (weak scaling) and at constant tokens a step, a
-    sequence for each chip of the largest slice (strong scaling). Prints a table and saves a picture of it.
+    """Compiles the step for 1, 8 and 64 chips, at constant tokens a chip (weak scaling) and at constant tokens a step,
+    a sequence for each chip of the largest slice (strong scaling). Prints a table and saves a picture of it.
 
     Returns {'a chip' | 'a step': [{'chips', 'mesh', 'tokens', 'seconds', 'rate', 'efficiency', 'exposed', 'peak'}]}:
     efficiency is the tokens a second of each chip, over those of the first row. CompileError if one does not fit.
@@ -3891,7 +3892,8 @@ def scaling(config, chip="v6e", counts=(1, 8, 64)):
             compiled, parts, _, _ = ask(now, f"{chip}:{SLICES[chips]}")
             seconds = sum(parts.values())
             row = {"chips": chips, "mesh": now.mesh, "tokens": now.tokens_per_step, "seconds": seconds,
-                   "rate": now.tokens_per_step / seconds, "exposed": communication(parts), "peak": compiled.peak}  # fmt: skip
+                   "rate": now.tokens_per_step / seconds, "exposed": communication(parts),
+                   "peak": compiled.peak}  # fmt: skip
             first = (table[constant] or [row])[0]
             row["efficiency"] = row["rate"] / chips / (first["rate"] / first["chips"])
             table[constant].append(row)
@@ -4259,9 +4261,9 @@ with one_line_errors():
     chips, options = scaling_option(options)
     preset, options = preset_option(options)
     default = preset or (Config() if topologies or chips else Config.for_device())
-    config = parse_args(options, default, f"--preset {' | '.join(PRESETS)}: another size to begin with; "
-                        "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; "
-                        "--scaling v6e | v5e: ask it about 1, 8 and 64 chips")  # fmt: skip
+    help_ = "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; --scaling v6e | v5e: ask it "
+    help_ += f"about 1, 8 and 64 chips; --preset {' | '.join(PRESETS)}: another size to begin with"
+    config = parse_args(options, default, help_)
 
 # %% [markdown]
 # Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.

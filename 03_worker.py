@@ -177,12 +177,17 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
-# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without this
-# the arithmetic waits (LOG.md has what it is worth). One chip's program is the same with it; your own flags come last.
+# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64 of
+# them, and gather small weights by a sum. (LOG.md has what each is worth.) Your own flags come last, and win.
 COLLECTIVES_ASIDE = " ".join(
-    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=true"
-    for kind in ("all_gather", "reduce_scatter", "all_reduce")
-)
+    f"--xla_tpu_{flag}=true"
+    for flag in (
+        "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
+        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "prefer_async_allgather_to_allreduce",
+    )
+)  # fmt: skip
 if COLLECTIVES_ASIDE not in os.environ.get("LIBTPU_INIT_ARGS", ""):
     os.environ["LIBTPU_INIT_ARGS"] = f"{COLLECTIVES_ASIDE} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 

@@ -178,12 +178,17 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
-# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without this
-# the arithmetic waits (LOG.md has what it is worth). One chip's program is the same with it; your own flags come last.
+# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64 of
+# them, and gather small weights by a sum. (LOG.md has what each is worth.) Your own flags come last, and win.
 COLLECTIVES_ASIDE = " ".join(
-    f"--xla_tpu_enable_sparse_core_collective_offload_{kind}=true"
-    for kind in ("all_gather", "reduce_scatter", "all_reduce")
-)
+    f"--xla_tpu_{flag}=true"
+    for flag in (
+        "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
+        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "prefer_async_allgather_to_allreduce",
+    )
+)  # fmt: skip
 if COLLECTIVES_ASIDE not in os.environ.get("LIBTPU_INIT_ARGS", ""):
     os.environ["LIBTPU_INIT_ARGS"] = f"{COLLECTIVES_ASIDE} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 
@@ -3863,15 +3868,13 @@ def scaled(config, chips, total=None):
     """config on so many chips: with its sequences a chip, or, where `total` is given, with `total` tokens a step, in as
     few passes as its device_batch_size allows.
 
-    The state is split over groups of eight chips at most, and copied between them: eight is what it takes to make AdamW
-    and the state small, and the rings of a larger group are long.
+    The state is split over all of them: that divides AdamW's work, too, which pays for much of the communication.
     """
     rows = config.device_batch_size
     if total:
         each = total // config.seq_len // chips
         rows = max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
-    fsdp = min(chips, 8)
-    return config.replace(mesh=(chips // fsdp, fsdp), device_batch_size=rows, total_batch_size=total or -1)
+    return config.replace(mesh=(1, chips), device_batch_size=rows, total_batch_size=total or -1)
 
 
 def scaling(config, chip="v6e", counts=(1, 8, 64)):

@@ -174,9 +174,18 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
+# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+if not TPUS:
+    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
 # Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
-# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64 of
-# them, and gather small weights by a sum. (LOG.md has what each is worth.) Your own flags come last, and win.
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64,
+# and gather small weights by a sum. LOG.md has what each is worth. A v5e, which has no SparseCores, does as without.
 COLLECTIVES_ASIDE = " ".join(
     f"--xla_tpu_{flag}=true"
     for flag in (
@@ -185,16 +194,15 @@ COLLECTIVES_ASIDE = " ".join(
         "prefer_async_allgather_to_allreduce",
     )
 )  # fmt: skip
-if COLLECTIVES_ASIDE not in os.environ.get("LIBTPU_INIT_ARGS", ""):
-    os.environ["LIBTPU_INIT_ARGS"] = f"{COLLECTIVES_ASIDE} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 
-# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
-if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
-    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
+def libtpu_flags(*flags):
+    """What LIBTPU_INIT_ARGS should be: `flags`, and after them your own, which win."""
+    return " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+
+
+if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags(COLLECTIVES_ASIDE)
 
 
 # %% [markdown]
@@ -3089,6 +3097,20 @@ class RunLog:
 # - Pallas kernels carry no estimate. Splash attention is counted from the length of its own instruction schedule: so
 #   many cycles for each active block, and half a microsecond at least for each step of its grid.
 #
+# `preflight(Config(mesh=(1, 8)), "v6e:2x4")` asks about a slice of eight chips, "v6e:8x8" about 64 on sixteen hosts. The
+# program of one chip, which is the program of each, then holds what they send each other:
+#
+# - *the compiler's* are the collectives, how many bytes each moves among how many chips, around how many rings, where
+#   in the schedule it begins and where its result is needed;
+# - *published* is the speed of a link between neighbours, 90 GB/s one way on a v6e, 45 on a v5e ("How to Scale Your
+#   Model"). In a ring of n chips each receives (n-1)/n of what is gathered, and twice that of a sum. A slice below
+#   16×16 has an edge, and its corners have two links: they set the pace of all;
+# - *assumed* are full links, a microsecond a hop, one collective at a time, and that none slows the arithmetic (though
+#   they share HBM). Nothing of it was measured on chips.
+#
+# *Communication* in the table is only what arithmetic does not hide: a collective that begins early and is needed late
+# costs nothing. `scaling(Config())` asks about 1, 8 and 64 chips, and draws what that gives.
+#
 # `benchmarks/preflight.py` compares this with published measurements on real chips: see the README for how far it is
 # off. Trust it to the percent when two versions of a step are compared, and to that error when it names a price.
 
@@ -3218,10 +3240,10 @@ def compile_for(topology, step, args, donated=0, schedules=None, mesh=(1, 1)):
         folder, name = Path(folder), f"{chip}:{slice_[0]}x{slice_[1]}"
         (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
         command = [sys.executable, "-c", COMPILER, folder, name, str(donated), json.dumps(mesh)]
-        environment = os.environ | COMPILER_ENVIRONMENT
+        flags = [COLLECTIVES_ASIDE] if slice_ != (1, 1) else []
         if schedules:
-            flags = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_pass_label_regex=final_bundles"
-            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+            flags += [f"--xla_jf_dump_to={schedules}", "--xla_jf_dump_llo_pass_label_regex=final_bundles"]
+        environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "error").exists():
             raise CompileError((folder / "error").read_text())

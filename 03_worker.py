@@ -177,9 +177,18 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
+# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+}  # fmt: skip
+TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+if not TPUS:
+    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
 # Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
-# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64 of
-# them, and gather small weights by a sum. (LOG.md has what each is worth.) Your own flags come last, and win.
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64,
+# and gather small weights by a sum. LOG.md has what each is worth. A v5e, which has no SparseCores, does as without.
 COLLECTIVES_ASIDE = " ".join(
     f"--xla_tpu_{flag}=true"
     for flag in (
@@ -188,16 +197,15 @@ COLLECTIVES_ASIDE = " ".join(
         "prefer_async_allgather_to_allreduce",
     )
 )  # fmt: skip
-if COLLECTIVES_ASIDE not in os.environ.get("LIBTPU_INIT_ARGS", ""):
-    os.environ["LIBTPU_INIT_ARGS"] = f"{COLLECTIVES_ASIDE} {os.environ.get('LIBTPU_INIT_ARGS', '')}".strip()
 
-# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
-NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-}  # fmt: skip
-if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
-    os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
+def libtpu_flags(*flags):
+    """What LIBTPU_INIT_ARGS should be: `flags`, and after them your own, which win."""
+    return " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+
+
+if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags(COLLECTIVES_ASIDE)
 
 # %% [markdown]
 # ## From 02_train.py

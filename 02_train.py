@@ -104,7 +104,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
@@ -179,8 +179,30 @@ NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
-if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+if not TPUS:
     os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
+# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64,
+# and gather small weights by a sum. LOG.md has what each is worth. A v5e, which has no SparseCores, does as without.
+COLLECTIVES_ASIDE = " ".join(
+    f"--xla_tpu_{flag}=true"
+    for flag in (
+        "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
+        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "prefer_async_allgather_to_allreduce",
+    )
+)  # fmt: skip
+
+
+def libtpu_flags(*flags):
+    """What LIBTPU_INIT_ARGS should be: `flags`, and after them your own, which win."""
+    return " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+
+
+if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags(COLLECTIVES_ASIDE)
 
 
 # %% [markdown]
@@ -208,8 +230,7 @@ def several_hosts():
         return True
     if "TPU_WORKER_HOSTNAMES" in names:
         return "," in names["TPU_WORKER_HOSTNAMES"]
-    on_cloud_tpu = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")] and "google.colab" not in sys.modules
-    if not on_cloud_tpu or "TPU_SKIP_MDS_QUERY" in names:
+    if not TPUS or "google.colab" in sys.modules or "TPU_SKIP_MDS_QUERY" in names:
         return False
     url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     with contextlib.suppress(OSError):
@@ -1508,8 +1529,12 @@ ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
 
 
 def arrange(config, devices):
-    """Devices in the shape of the mesh."""
-    return np.array(devices).reshape(config.mesh_shape)
+    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
+
+    InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
 
 
 def device_mesh(config):
@@ -2265,7 +2290,8 @@ def train_step(config, state, tokens, targets):
 
 
 def abstract_step(config, mesh):
-    """(state, tokens) as train_step takes them, shapes with where their parts lie on a mesh, without the arrays."""
+    """(state, tokens) as train_step takes them: shapes, and where their parts lie on a mesh, or on one of no particular
+    devices."""
     state = jax.eval_shape(lambda: init_train_state(config))
     tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
     if config.devices == 1:
@@ -3484,6 +3510,20 @@ class RunLog:
 # - Pallas kernels carry no estimate. Splash attention is counted from the length of its own instruction schedule: so
 #   many cycles for each active block, and half a microsecond at least for each step of its grid.
 #
+# `preflight(Config(mesh=(1, 8)), "v6e:2x4")` asks about a slice of eight chips, "v6e:8x8" about 64 on sixteen hosts.
+# The program of one chip, which is the program of each, then holds what they send each other:
+#
+# - *the compiler's* are the collectives, how many bytes each moves among how many chips, around how many rings, where
+#   in the schedule it begins and where its result is needed;
+# - *published* is the speed of a link between neighbours, 90 GB/s one way on a v6e, 45 on a v5e ("How to Scale Your
+#   Model"). In a ring of n chips each receives (n-1)/n of what is gathered, and twice that of a sum. A slice below
+#   16×16 has an edge, and its corners have two links: they set the pace of all;
+# - *assumed* are full links, a microsecond a hop, one collective at a time, and that none slows the arithmetic (though
+#   they share HBM). Nothing of it was measured on chips.
+#
+# *Communication* in the table is only what arithmetic does not hide: a collective that begins early and is needed late
+# costs nothing. `scaling(Config())` asks about 1, 8 and 64 chips, and draws what that gives.
+#
 # `benchmarks/preflight.py` compares this with published measurements on real chips: see the README for how far it is
 # off. Trust it to the percent when two versions of a step are compared, and to that error when it names a price.
 
@@ -3497,13 +3537,33 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s
     clock: float  # Hz, of the compiler's cycles
     credits: float | None  # Colab compute units for an hour
+    link: float  # bytes/s to a neighbouring chip, one way ("How to Scale Your Model", 2025)
 
 
 CHIPS = {
-    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71),
-    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None),
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71, 9e10),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
 }
 DOLLARS_PER_CREDIT = 50 / 600
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
+HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
+
+
+def parse_topology(name):
+    """('v6e', (2, 4)) of 'v6e:2x4'; a chip alone is a slice of (1, 1). InputError if there is no such slice."""
+    chip, _, slice_ = name.partition(":")
+    known = chip in CHIPS and slice_ in ("", *SLICES.values())
+    slices = ", ".join(f"v6e:{size}" for size in SLICES.values())
+    require(known, "preflight", name, f"must be one of {', '.join(CHIPS)}, or all, or a slice of several: {slices}")
+    return chip, tuple(int(n) for n in (slice_ or "1x1").split("x"))
+
+
+def on_topology(config, topology):
+    """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
+    chips = math.prod(parse_topology(topology)[1])
+    config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
+    require(config.devices == chips, "mesh", config.mesh, f"data · fsdp must be the {chips} chips of {topology}")
+    return config
 
 
 # %% Compile for a chip tags=["shared"]
@@ -3512,21 +3572,27 @@ DOLLARS_PER_CREDIT = 50 / 600
 COMPILER = """
 import json, pathlib, sys
 import jax
-from jax.experimental import topologies
+from jax.experimental import mesh_utils, topologies
 
-folder, topology, donated = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, topology, donated, shape = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 step = jax.export.deserialize((folder / "step").read_bytes())
-device = topologies.get_topology_desc(topology, "tpu", chips_per_host_bounds=(1, 1, 1)).devices[0]
-place = jax.sharding.SingleDeviceSharding(device)
-args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in step.in_avals]
+host = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+devices = topologies.get_topology_desc(topology, "tpu", **host).devices
+mesh = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # as arrange() does
+mesh = jax.sharding.Mesh(mesh, ("data", "fsdp"))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+places = [place or whole for place in step.in_shardings_jax(mesh)]
+args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x, place in zip(step.in_avals, places)]
+results = [*places[:donated], *[whole] * (len(step.out_avals) - donated)] if donated else None
 try:
-    compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=place).lower(*args).compile()
+    compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=results).lower(*args).compile()
 except jax.errors.JaxRuntimeError as error:
     (folder / "error").write_text(str(error))
 else:
     memory = compiled.memory_analysis()
     names = "peak_memory_in_bytes", "argument_size_in_bytes", "alias_size_in_bytes"
     (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
+    (folder / "chips").write_text(json.dumps([[device.coords[:2] for device in row] for row in mesh.devices]))
     try:
         (folder / "program").write_text(compiled.as_text())
     except jax.errors.JaxRuntimeError:  # jax 0.10 has failed on what libtpu 0.0.52 compiles
@@ -3538,12 +3604,13 @@ COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processe
 
 
 class Compiled(NamedTuple):
-    """A train step compiled for a chip: the text of the program, and bytes of its HBM."""
+    """A train step compiled for one or several chips: the text of the program of each, and bytes of its HBM."""
 
     text: str
     peak: int
     arguments: int
     alias: int  # arguments whose bytes the results take
+    chips: tuple = (((0, 0),),)  # where in its slice each chip of the mesh is: [data][fsdp] → (x, y)
 
 
 class CompileError(RuntimeError):
@@ -3564,13 +3631,15 @@ def require_compiler():
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 
-def compile_for(chip, step, args, donated=0, schedules=None):
-    """step(*args), args all arrays, Compiled for `chip`; the first `donated` ones give their bytes to the results.
+def compile_for(topology, step, args, donated=0, schedules=None, mesh=(1, 1)):
+    """step(*args), args all arrays, Compiled for `topology` ('v6e', 'v6e:2x4', …), its chips in a mesh (data, fsdp) as
+    the shardings of args say; the first `donated` args give their bytes to the first results, and their shardings.
 
     `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time; none are written
     where the chip is there. CompileError if the compiler refuses the step.
     """
-    if jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
+    chip, slice_ = parse_topology(topology)
+    if slice_ == (1, 1) and jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
         try:
             compiled = jax.jit(step, donate_argnums=range(donated)).lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -3581,13 +3650,13 @@ def compile_for(chip, step, args, donated=0, schedules=None):
 
     require_compiler()
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        folder, name = Path(folder), f"{chip}:{slice_[0]}x{slice_[1]}"
         (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
-        command = [sys.executable, "-c", COMPILER, folder, f"{chip}:1x1", str(donated)]
-        environment = os.environ | COMPILER_ENVIRONMENT
+        command = [sys.executable, "-c", COMPILER, folder, name, str(donated), json.dumps(mesh)]
+        flags = [COLLECTIVES_ASIDE] if slice_ != (1, 1) else []
         if schedules:
-            flags = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_pass_label_regex=final_bundles"
-            environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
+            flags += [f"--xla_jf_dump_to={schedules}", "--xla_jf_dump_llo_pass_label_regex=final_bundles"]
+        environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "error").exists():
             raise CompileError((folder / "error").read_text())
@@ -3595,18 +3664,20 @@ def compile_for(chip, step, args, donated=0, schedules=None):
             fatal = re.search(r"^F\d{4} .*?\] (.*)", done.stderr, re.M)
             words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
             raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
-        return Compiled((folder / "program").read_text(), *json.loads((folder / "memory").read_text()))
+        memory, chips = (json.loads((folder / name).read_text()) for name in ("memory", "chips"))
+        return Compiled((folder / "program").read_text(), *memory, chips)
 
 
-def compile_step(config, chip):
-    """The train step of `config`, Compiled for `chip`, its state donated. CompileError if the compiler refuses it."""
-    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    leaves, tree = jax.tree.flatten((jax.eval_shape(lambda: init_train_state(config)), tokens, tokens))
+def compile_step(config, topology):
+    """The train step of `config`, Compiled for `topology`, its state donated. CompileError if it is refused."""
+    config = on_topology(config, topology)
+    state, tokens = abstract_step(config, None)
+    leaves, tree = jax.tree.flatten((state, tokens, tokens))
 
     def step(*leaves):
         return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
 
-    return compile_for(chip, step, leaves, donated=len(leaves) - 2)
+    return compile_for(topology, step, leaves, donated=len(leaves) - 2, mesh=config.mesh_shape)
 
 
 def reason(error):
@@ -3625,6 +3696,7 @@ def reason(error):
 NO_ESTIMATE = 2**64 - 1
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 NO_WORK = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier"}
 
 
@@ -3636,6 +3708,16 @@ class Instruction(NamedTuple):
     opcode: str
     operands: list
     rest: str
+
+
+class Collective(NamedTuple):
+    """What the chips of a group send each other."""
+
+    kind: str  # all-gather | reduce-scatter | all-reduce | …
+    size: int  # bytes: of the whole array that is gathered, scattered or summed
+    chips: int  # in a group
+    rings: int  # that the compiler sends it around, in one direction each
+    hops: int  # from chip to chip, one after the other
 
 
 class Op(NamedTuple):
@@ -3650,6 +3732,7 @@ class Op(NamedTuple):
     matmul_flops: float  # of matmuls between bfloat16 operands
     operands: list
     rest: str
+    collective: Collective | None = None
 
 
 def hbm_bytes(shape):
@@ -3729,6 +3812,43 @@ def matmul_flops(program, instruction):
     return flops
 
 
+def group_size(rest):
+    """Devices in each replica group of a collective, in whichever of its notations."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d, ]*)\}", rest)
+    return len(listed[1].split(",")) if listed else 2  # pairs of a source and a target
+
+
+def find_collective(program, shapes, x):
+    """The Collective that an instruction is, starts, or has another core run; else None."""
+    kind = x.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        called = re.search(r"(?:calls|to_apply)=%([^\s,]+)", x.rest)
+        if x.opcode not in ("fusion", "call-start", "async-start") or not called:
+            return None
+        body = program.get(called[1], [])
+        inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
+        if any(y.opcode in ("convolution", "fusion") for y in body):  # a v5e: arithmetic, beside which one goes on
+            return None
+        found = inner and find_collective(program, {y.name: y.shape for y in body}, inner)
+        if found and "all-reduce-scatter" in called[1]:  # each chip keeps its part of a sum: half of the way
+            found = found._replace(kind="reduce-scatter", hops=found.hops // 2)
+        return found
+    local = sum(hbm_bytes(re.sub(r"S\(\d+\)", "", shapes.get(operand, ""))) for operand in x.operands)
+    chips = group_size(x.rest)
+    phases = re.search(r"phase_rings(.*?)\]|cores:\{([^}]*)\}", x.rest)
+    sizes = re.findall(r'"core_count":"(\d+)"', phases[1]) if phases and phases[1] else []
+    sizes = sizes or (re.findall(r"\d+", phases[2]) if phases and phases[2] else [chips])
+    colors = re.search(r"colors:(\d+)", x.rest)
+    rings = x.rest.count('"phase_rings"') or (int(colors[1]) if colors and "UniDirection" in x.rest else 2)
+    hops = sum(int(n) // min(rings, 2) for n in sizes) * (2 if kind == "all-reduce" else 1)
+    return Collective(kind, local * chips if kind == "all-gather" else local, chips, rings, hops)
+
+
 def total_cycles(ops):
     return sum(op.times * op.cycles for op in ops)
 
@@ -3756,7 +3876,8 @@ def schedule(text):
                 cycles = int(cycles[1]) if cycles and int(cycles[1]) != NO_ESTIMATE else 0
                 scope = scope[1] if scope else ""
                 moved, flops = traffic(program, shapes, x), matmul_flops(program, x)
-                yield Op(x.name, x.opcode, scope, times, cycles, moved, flops, x.operands, x.rest)
+                sent = find_collective(program, shapes, x)
+                yield Op(x.name, x.opcode, scope, times, cycles, moved, flops, x.operands, x.rest, sent)
 
     return list(walk(entry, 1))
 
@@ -3856,12 +3977,21 @@ def attention_seconds(config, chip):
 
     Empty where the model uses another kernel, and on a real TPU, which is better asked by running.
     """
-    B, T, N, K, H = config.device_batch_size, config.seq_len, config.n_head, config.kv_heads, config.head_dim
-    found = {}
+    T, H = config.seq_len, config.head_dim
     if config.attn_impl not in ("auto", "fused") or not fits_vmem(T, H):
-        return found
+        return {}
+    heads = config.n_head, config.kv_heads, tuple(dict.fromkeys(config.windows))
+    rows = config.device_batch_size * config.n_head
+    alone = config.replace(mesh=(1, 1), device_batch_size=1, total_batch_size=-1)
+    return {key: rows * seconds for key, seconds in program_seconds(alone, chip, *heads).items()}
+
+
+@functools.lru_cache
+def program_seconds(config, chip, N, K, windows):
+    """{(kernel, window): seconds} of one query head and sequence; compiled once for each model and chip."""
+    T, H, found = config.seq_len, config.head_dim, {}
     shapes = [jax.ShapeDtypeStruct((2 * T, n * H), config.compute_dtype) for n in (N, K, K, N)]
-    for window in dict.fromkeys(config.windows):
+    for window in windows:
 
         def step(q, k, v, g, window=window):
             y, pullback = jax.vjp(lambda *qkv: attend(config, *qkv, T, window), q, k, v)
@@ -3872,7 +4002,74 @@ def attention_seconds(config, chip):
             for path in Path(folder).glob("*attention_*_kernel*-final_bundles.txt"):
                 if "schedule-analysis" not in path.name:
                     kernel = re.search(r"attention_\w+?_kernel", path.name)[0]
-                    found[kernel, window] = B * N * program_cycles(bundles(path), N // K) / CHIPS[chip].clock
+                    found[kernel, window] = program_cycles(bundles(path), N // K) / CHIPS[chip].clock
+    return found
+
+
+# %% Communication tags=["shared"]
+def links_within(group, slice_):
+    """Links that the worst placed chip of a group [(x, y)] has to others of it. Only an axis of 16 chips is a ring."""
+    group = {tuple(chip) for chip in group}
+
+    def near(chip):
+        for axis, step in itertools.product((0, 1), (-1, 1)):
+            other = list(chip)
+            other[axis] += step
+            yield tuple(n % 16 if size == 16 else n for n, size in zip(other, slice_, strict=True))
+
+    return max(1, min(len(group.intersection(near(chip)) - {chip}) for chip in group))
+
+
+def links_of_groups(chips, slice_):
+    """{chips in a group: links_within it} for all chips of a mesh, its rows and its columns: [data][fsdp] → (x, y)."""
+    columns = list(zip(*chips, strict=True))
+    groups = [*chips, *columns, list(itertools.chain(*chips))]
+    return {len(group): links_within(group, slice_) for group in groups if len(group) > 1}
+
+
+def link_seconds(sent, chip, links):
+    """Seconds of a Collective, if nothing else uses the links: rings in both directions, the worst placed chip decides.
+
+    A chip receives (n-1)/n of the whole; of a sum, twice: the parts are summed, then gathered. An all-to-all is counted
+    as a gather, which is too much.
+    """
+    shares = {"all-reduce": 2 * (sent.chips - 1) / sent.chips, "collective-permute": 1}
+    share = shares.get(sent.kind, (sent.chips - 1) / sent.chips)
+    return share * sent.size / (min(sent.rings, links) * CHIPS[chip].link) + sent.hops * HOP
+
+
+class Wait(NamedTuple):
+    """A collective of the schedule: seconds that it takes, and those of them in which the chip does nothing else."""
+
+    op: Op
+    sent: Collective
+    seconds: float
+    exposed: float
+
+
+def waits(ops, seconds, chip, links):
+    """[Wait] of the collectives among `ops`, which take `seconds` where they are arithmetic, in the order of the chip.
+
+    One collective has the links at a time. It begins where it is started, when those before it are done, and the chip
+    waits where its result is asked for, unless the arithmetic in between took longer.
+    """
+    now, free, running, found = 0.0, 0.0, {}, []
+    for op, own in zip(ops, seconds, strict=True):
+        verb = re.search("(?:^async-collective|-)(start|update|done)", op.name if op.opcode == "fusion" else op.opcode)
+        verb = verb[1] if verb else ""
+        source = op.name.replace("done", "start") if op.opcode == "fusion" else next(iter(op.operands), None)
+        if op.collective or source in running:
+            first, sent, done = running.pop(source, (op, op.collective, None))
+            needs = link_seconds(sent, chip, links.get(sent.chips, 2))
+            if verb != "done" and op.operands:  # what it sends is there
+                free = done = max(now, free) + needs
+            if verb in ("start", "update"):
+                running[op.name] = first, sent, done
+                continue
+            exposed = max(0.0, done - now)
+            found.append(Wait(first, sent, needs, exposed))
+            now += exposed
+        now += own
     return found
 
 
@@ -3914,51 +4111,64 @@ def kernel_seconds(op, chip, windows, ours):
     return splash_seconds(op, chip, windows)
 
 
-def estimate(text, chip, windows, ours=types.MappingProxyType({})):
-    """({(component, direction): seconds}, [names of kernels that could not be counted]) of a compiled program.
+def timeline(text, chip, windows, ours=types.MappingProxyType({}), links=types.MappingProxyType({})):
+    """({(component, direction): seconds}, [names of kernels that could not be counted], [Wait]) of a compiled program.
 
-    `windows`: of each layer; `ours`: what attention_seconds found.
+    `windows`: of each layer; `ours`: what attention_seconds found; `links`: by links_of_groups.
     """
-    parts, unknown = collections.Counter(), []
-    for op in schedule(text):
-        if re.search("-(start|done|update)$", op.opcode):  # copies beside the arithmetic
-            continue
+    parts, unknown, ops, seconds = collections.Counter(), [], schedule(text), []
+    for op in ops:
+        own = 0.0
         if "tpu_custom_call" in op.rest:
-            seconds = kernel_seconds(op, chip, windows, ours)
-            if seconds is None:
+            own = kernel_seconds(op, chip, windows, ours)
+            if own is None:
                 unknown.append(op.name)
-                seconds = op_seconds(op, chip)  # its bytes alone
-        else:
-            seconds = op_seconds(op, chip)
-        parts[component(op)] += op.times * seconds
-    return parts, unknown
+                own = op_seconds(op, chip)  # its bytes alone
+        elif not op.collective and not re.search("-(start|done|update)$", op.opcode):  # those run beside the arithmetic
+            own = op_seconds(op, chip)
+        seconds.append(own)
+        if own:
+            parts[component(op)] += op.times * own
+    found = waits(ops, seconds, chip, links)
+    for wait in found:
+        direction = "backward" if "reduce" in wait.sent.kind else component(wait.op)[1]  # gradients are summed
+        parts["communication", direction] += wait.op.times * wait.exposed
+    return parts, unknown, found
+
+
+def estimate(text, chip, windows, ours=types.MappingProxyType({})):
+    """The first two of timeline: of a program for one chip."""
+    return timeline(text, chip, windows, ours)[:2]
 
 
 # %% Report tags=["shared"]
 def describe_memory(config, chip, compiled):
-    """Prints the peak of the step, and what the compiler tells about its parts; returns it, in bytes."""
-    weights = 4 * count_params(config)["total"]
+    """Prints the peak of the step on each chip, and what the compiler tells about its parts; returns it, in bytes."""
+    weights = 4 * count_params(config)["total"] // config.mesh_shape[1]
     parts = {"weights": weights, "moments": 2 * weights}
     parts["the rest of the arguments"] = compiled.arguments - 3 * weights
     if config.grad_accum_steps > 1:
         parts["accumulated gradients"] = weights
     parts["activations, gradients, bfloat16 weights"] = compiled.peak - sum(parts.values())
     split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
-    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} at its peak: {split}")
+    where = "at its peak" if config.devices == 1 else "on each chip at its peak"
+    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} {where}: {split}")
     return compiled.peak
 
 
 def describe_time(config, chip, seconds):
-    """Prints what an estimated step of `seconds` means for the run; returns tokens per second and MFU."""
+    """Prints what an estimated step of `seconds` means for the run; returns tokens per second of all chips, and MFU."""
     kind, steps = CHIPS[chip].kind, config.total_steps
     rate, hours = config.tokens_per_step / seconds, steps * seconds / 3600
-    mfu = flops_per_token(config) * rate / peak_flops(kind)
+    mfu = flops_per_token(config) * rate / peak_flops(kind) / config.devices
+    each = f", {rate / config.devices:,.0f} a chip" if config.devices > 1 else ""
     print(
-        f"time    {seconds * 1e3:.1f} ms a step of {config.tokens_per_step:,} tokens: {rate:,.0f} tok/s, MFU {mfu:.1%}"
+        f"time    {seconds * 1e3:.1f} ms a step of {config.tokens_per_step:,} tokens: {rate:,.0f} tok/s{each}, "
+        f"MFU {mfu:.1%}"
     )
     print(f"        (6 FLOPs a matmul weight, 12·N·H a visible key; of {peak_flops(kind) / 1e12:.0f} TFLOP/s)")
     run = f"run     {steps:,} steps, {steps * config.tokens_per_step / 1e9:,.2f}B tokens: {format_time(3600 * hours)}"
-    if CHIPS[chip].credits:
+    if CHIPS[chip].credits and config.devices == 1:
         credits = hours * CHIPS[chip].credits
         run += f", {credits:,.1f} credits, ${credits * DOLLARS_PER_CREDIT:,.2f}"
     print(f"{run}; evaluations, samples and compilation not included")
@@ -3986,6 +4196,27 @@ def describe_parts(parts, unknown):
         print(f"NOT counted but for their bytes: the kernels {', '.join(sorted(unknown)[:4])}, {len(unknown)} in all")
 
 
+def describe_waits(config, chip, found, seconds):
+    """Prints how long the chips of a mesh send each other data, how much of it the step of `seconds` waits for, and the
+    collectives that it waits for longest."""
+    if config.devices == 1:
+        return
+    sent, exposed = (sum(w.op.times * getattr(w, name) for w in found) for name in ("seconds", "exposed"))
+    print(f"send    {1e3 * sent:.2f} ms a step, of which {1e3 * exposed:.2f} are not beside arithmetic: "
+          f"{exposed / seconds:.1%} of the step; links of {CHIPS[chip].link / 1e9:.0f} GB/s one way")  # fmt: skip
+    groups = collections.defaultdict(list)
+    for w in found:
+        groups[w.sent.kind, w.sent.size, w.sent.chips].append(w)
+    ranked = sorted(groups.items(), key=lambda item: -sum(w.op.times * w.exposed for w in item[1]))
+    for (kind, size, chips), same in ranked[:4]:
+        times = sum(w.op.times for w in same)
+        waited = sum(w.op.times * w.exposed for w in same)
+        print(f"{1e3 * waited:12.2f} ms exposed: {times} × {kind} of {size / 1e6:,.1f} MB over {chips} chips, "
+              f"{1e3 * same[0].seconds:.2f} ms each")  # fmt: skip
+    print("        published: the links' speed; the compiler's: which collectives, of what size, in which rings, when;")
+    print(f"        assumed: full speed, {HOP * 1e6:.0f} µs a hop, one collective at a time, none slows the arithmetic")
+
+
 def plot_parts(parts, title, path):
     """Horizontal bars of milliseconds per component, forward and backward, saved to `path`."""
     from matplotlib.figure import Figure
@@ -4006,25 +4237,26 @@ def plot_parts(parts, title, path):
 
 
 # %% What would fit tags=["shared"]
-def largest_batch(config, chip, needed):
+def largest_batch(config, topology, needed):
     """The largest device_batch_size that fits and keeps the tokens of a step, found by compiling; None if not even 1.
 
     `needed`: bytes that the one which did not fit would have taken, to begin near the answer; or None.
     """
-    rows = config.tokens_per_step // config.seq_len
+    rows = config.tokens_per_step // config.seq_len // config.devices  # of a chip
     sizes = [b for b in range(config.device_batch_size - 1, 0, -1) if rows % b == 0]
 
     def fits(b):
         print(f"        device_batch_size={b} …", end=" ", flush=True)
         try:
-            compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), chip)
+            compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), topology)
         except CompileError as error:
             print(reason(error)[0])
             return False
         print("fits")
         return True
 
-    guess = config.device_batch_size * CHIPS[chip].hbm / needed if needed else config.device_batch_size / 2
+    hbm = CHIPS[parse_topology(topology)[0]].hbm
+    guess = config.device_batch_size * hbm / needed if needed else config.device_batch_size / 2
     i = next((i for i, b in enumerate(sizes) if b <= guess), len(sizes) - 1)
     if not sizes:
         return None
@@ -4036,56 +4268,160 @@ def largest_batch(config, chip, needed):
 
 
 # %% Preflight tags=["shared"]
-def preflight(config, chip="v6e"):
-    """Compiles the train step for `chip` and prints whether it fits, how fast it will be and what the run will cost.
+def ask(config, topology):
+    """(Compiled, *timeline) of the step. CompileError if the compiler refuses it."""
+    chip, slice_ = parse_topology(topology)
+    compiled = compile_step(config, topology)
+    ours, links = attention_seconds(config, chip), links_of_groups(compiled.chips, slice_)
+    return compiled, *timeline(compiled.text, chip, config.windows, ours, links)
 
-    Returns {'fits', 'reason'} and, if it fits, {'peak': bytes, 'seconds': of a step, 'tokens_per_second', 'mfu',
-    'parts': {(component, direction): seconds}, 'unknown': [kernels that were not counted], 'picture': path}, else
-    {'device_batch_size': the largest that fits, or None}. InputError if this machine cannot compile for a TPU.
+
+def communication(parts):
+    """Seconds of a step in which a chip waits for others."""
+    return sum(seconds for (name, _), seconds in parts.items() if name == "communication")
+
+
+def preflight(config, topology="v6e"):
+    """Compiles the train step for a chip ('v6e', 'v5e') or a slice of several ('v6e:2x4'), and prints whether it fits,
+    how fast it will be and what the run will cost.
+
+    Returns {'fits', 'reason'} and, if it fits, {'peak': bytes a chip, 'seconds': of a step, 'tokens_per_second': of all
+    chips, 'mfu', 'parts': {(component, direction): seconds}, 'exposed': seconds of communication that nothing hides,
+    'unknown': [kernels that were not counted], 'picture': path}, else {'device_batch_size': the largest that fits, or
+    None}. InputError if this machine cannot compile for a TPU, or if config.mesh does not suit the topology.
     """
-    require(chip in CHIPS, "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
+    chip, _ = parse_topology(topology)
+    config = on_topology(config, topology)
     started = time.perf_counter()
     counts = count_params(config)["total"]
-    print(f"preflight on {chip}: {counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens "
-          f"× {config.grad_accum_steps} a step", flush=True)  # fmt: skip
+    mesh = f" on each chip of a mesh {config.mesh_shape[0]} × {config.mesh_shape[1]}" if config.devices > 1 else ""
+    size = f"{counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens"
+    print(f"preflight on {topology}: {size} × {config.grad_accum_steps} a step{mesh}", flush=True)
     try:
-        compiled = compile_step(config, chip)
+        compiled, parts, unknown, found = ask(config, topology)
     except CompileError as error:
         why, needed = reason(error)
         print(f"does not compile: {why}")
-        batch = largest_batch(config, chip, needed) if "HBM" in why else None
+        batch = largest_batch(config, topology, needed) if "HBM" in why else None
         if batch:
             print(f"what fits: device_batch_size={batch}, total_batch_size={config.tokens_per_step}: the same step in "
-                  f"{config.tokens_per_step // config.seq_len // batch} parts")  # fmt: skip
+                  f"{config.tokens_per_step // config.seq_len // config.devices // batch} parts")  # fmt: skip
         return {"fits": False, "reason": why, "device_batch_size": batch}
     print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
     peak = describe_memory(config, chip, compiled)
-    parts, unknown = estimate(compiled.text, chip, config.windows, attention_seconds(config, chip))
     seconds = sum(parts.values())
     rate, mfu = describe_time(config, chip, seconds)
+    describe_waits(config, chip, found, seconds)
     describe_parts(parts, unknown)
-    title = f"{chip}: {seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
-    picture = plot_parts(parts, title, Path(config.run_dir).parent / f"preflight-{chip}.png")
-    print(f"picture {picture}", flush=True)
+    title = f"{topology}: {seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
+    picture = Path(config.run_dir).parent / f"preflight-{topology.replace(':', '-')}.png"
+    print(f"picture {plot_parts(parts, title, picture)}", flush=True)
     return {
         "fits": True, "reason": "", "peak": peak, "seconds": seconds, "tokens_per_second": rate, "mfu": mfu,
-        "parts": dict(parts), "unknown": unknown, "picture": picture,
+        "parts": dict(parts), "exposed": communication(parts),
+        "unknown": unknown, "picture": picture,
     }  # fmt: skip
 
 
+# %% Scaling tags=["shared"]
+def scaled(config, chips, total=None):
+    """config on so many chips: with its sequences a chip, or, where `total` is given, with `total` tokens a step, in as
+    few passes as its device_batch_size allows.
+
+    The state is split over all of them: that divides AdamW's work, too, which pays for much of the communication.
+    """
+    rows = config.device_batch_size
+    if total:
+        each = total // config.seq_len // chips
+        rows = max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
+    return config.replace(mesh=(1, chips), device_batch_size=rows, total_batch_size=total or -1)
+
+
+def scaling(config, chip="v6e", counts=(1, 8, 64)):
+    """Compiles the step for 1, 8 and 64 chips, at constant tokens a chip (weak scaling) and at constant tokens a step,
+    a sequence for each chip of the largest slice (strong scaling). Prints a table and saves a picture of it.
+
+    Returns {'a chip' | 'a step': [{'chips', 'mesh', 'tokens', 'seconds', 'rate', 'efficiency', 'exposed', 'peak'}]}:
+    efficiency is the tokens a second of each chip, over those of the first row. CompileError if one does not fit.
+    """
+    require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
+    table = collections.defaultdict(list)
+    heads = "chips", "mesh", "tokens a step", "passes", "ms", "tok/s", "efficiency", "not hidden", "GiB a chip"
+    print(f"scaling on {chip}, estimates: {count_params(config)['total'] / 1e6:,.1f}M parameters")
+    for constant, total in (("a chip", None), ("a step", max(counts) * config.seq_len)):
+        print(f"tokens {constant} constant\n" + " ".join(f"{head:>13}" for head in heads), flush=True)
+        for chips in counts:
+            now = scaled(config, chips, total)
+            compiled, parts, _, _ = ask(now, f"{chip}:{SLICES[chips]}")
+            seconds = sum(parts.values())
+            row = {"chips": chips, "mesh": now.mesh, "tokens": now.tokens_per_step, "seconds": seconds,
+                   "rate": now.tokens_per_step / seconds, "exposed": communication(parts),
+                   "peak": compiled.peak}  # fmt: skip
+            first = (table[constant] or [row])[0]
+            row["efficiency"] = row["rate"] / chips / (first["rate"] / first["chips"])
+            table[constant].append(row)
+            cells = (chips, f"{now.mesh[0]} × {now.mesh[1]}", f"{row['tokens']:,}", now.grad_accum_steps,
+                     f"{1e3 * seconds:.1f}", f"{row['rate']:,.0f}", f"{row['efficiency']:.1%}",
+                     f"{row['exposed'] / seconds:.1%}", f"{row['peak'] / 2**30:.2f}")  # fmt: skip
+            print(" ".join(f"{cell!s:>13}" for cell in cells), flush=True)
+    print(f"picture {plot_scaling(table, chip, Path(config.run_dir).parent / f'scaling-{chip}.png')}", flush=True)
+    return dict(table)
+
+
+def plot_scaling(table, chip, path):
+    """Tokens per second against chips, with the straight line of perfect scaling, saved to `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(table), sharey=True)
+    for panel, (constant, rows) in zip(axes, table.items(), strict=True):
+        chips, rates = ([row[name] for row in rows] for name in ("chips", "rate"))
+        panel.plot(chips, [rates[0] / chips[0] * n for n in chips], "--", color="0.6", label="perfect")
+        panel.plot(chips, rates, "o-", label="estimate")
+        for row in rows[1:]:
+            place = {"xytext": (-6, -14), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+            panel.annotate(f"{row['efficiency']:.0%}", (row["chips"], row["rate"]), **place)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(chips, chips)
+        tokens = f"{rows[0]['tokens']:,} tokens {constant}"
+        panel.set_title(tokens, fontsize=10)
+        panel.set_xlabel(f"{chip} chips")
+        panel.legend(fontsize=8)
+    axes[0].set_ylabel("tokens a second")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 # %% Preflight from the command line tags=["shared"]
+def take_options(argv, name):
+    """([value of each `--name value` or `--name=value`], the other words)."""
+    found, rest = [], []
+    for word in (words := iter(argv)):
+        option, _, value = word.partition("=")
+        if option == f"--{name}":
+            found.append(value or next(words, ""))
+        else:
+            rest.append(word)
+    return found, rest
+
+
 def preflight_option(argv):
-    """([chips], the other options): `--preflight v6e`, `--preflight=v5e` or `--preflight all`."""
-    chips, rest = [], []
-    for option in (words := iter(argv)):
-        name, _, value = option.partition("=")
-        if name != "--preflight":
-            rest.append(option)
-            continue
-        chip = value or next(words, "")
-        require(chip in (*CHIPS, "all"), "preflight", chip, f"must be one of {', '.join(CHIPS)}, or all")
-        chips += [chip] if chip in CHIPS else list(CHIPS)
-    return chips, rest
+    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4`, or `--preflight all`, the chips."""
+    found, rest = take_options(argv, "preflight")
+    found = [name for value in found for name in (CHIPS if value == "all" else [value])]
+    for name in found:
+        parse_topology(name)
+    return found, rest
+
+
+def scaling_option(argv):
+    """([chips], the other options): `--scaling v6e`."""
+    found, rest = take_options(argv, "scaling")
+    for chip in found:
+        require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
+    return found, rest
 
 
 # %% [markdown]
@@ -4427,27 +4763,32 @@ def show_summary(summary):
 
 # %% Configure tags=["run"]
 with one_line_errors():
-    join_hosts()
-    chips, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
-    default = Config() if chips else Config.for_device()
-    config = parse_args(options, default, "--preflight v6e | v5e | all: ask the TPU's compiler first, train nothing")
+    topologies, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
+    chips, options = scaling_option(options)
+    if not (topologies or chips):
+        join_hosts()
+    default = Config() if topologies or chips else Config.for_device()
+    help_ = "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; --scaling v6e | v5e: ask it "
+    config = parse_args(options, default, f"{help_}about 1, 8 and 64 chips")
 
 # %% [markdown]
 # Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
 # As a script: `python 02_train.py --preflight v6e`, with other options as you like.
 
 # %% Ask the compiler tags=["run"]
-PREFLIGHT = ""  # @param ["", "v6e", "v5e"]
+PREFLIGHT = ""  # @param ["", "v6e", "v5e", "v6e:2x4", "v5e:2x4", "v6e:8x8"]
 if PREFLIGHT:
     from IPython.display import Image, display
 
     report = preflight(Config(), PREFLIGHT)
     if report["fits"]:
         display(Image(str(report["picture"])))
-if chips:
+if topologies or chips:
     with one_line_errors():
-        reports = [preflight(config, chip) for chip in chips]
-    raise SystemExit(not all(report["fits"] for report in reports))
+        fits = all([preflight(config, topology)["fits"] for topology in topologies])
+        for chip in chips:
+            scaling(config, chip)
+    raise SystemExit(not fits)
 
 # %% Train it tags=["run"]
 with one_line_errors():

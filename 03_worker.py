@@ -101,7 +101,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
@@ -182,91 +182,36 @@ NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
-if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+if not TPUS:
     os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
+
+# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
+# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64,
+# and gather small weights by a sum. LOG.md has what each is worth. A v5e, which has no SparseCores, does as without.
+COLLECTIVES_ASIDE = " ".join(
+    f"--xla_tpu_{flag}=true"
+    for flag in (
+        "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
+        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
+        "prefer_async_allgather_to_allreduce",
+    )
+)  # fmt: skip
+
+
+def libtpu_flags(*flags):
+    """What LIBTPU_INIT_ARGS should be: `flags`, and after them your own, which win."""
+    return " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+
+
+if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags(COLLECTIVES_ASIDE)
 
 # %% [markdown]
 # ## From 02_train.py
 #
 # Config, tokenizer, data, model, loss, optimizer, evaluation, checkpoints, log and loop: read them there, with the
 # reasons.
-
-
-# %% Several hosts tags=["shared"]
-HOST_TIMEOUT = 30  # seconds without a sign of life after which a host counts as gone
-
-
-def several_hosts():
-    """Whether the environment says that this process is one of several: jax's own variables, those of a launcher, or
-    the metadata of a Cloud TPU."""
-    names = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in names or "MEGASCALE_COORDINATOR_ADDRESS" in names:
-        return True
-    if int(names.get("SLURM_NTASKS", 1)) > 1 or int(names.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return True
-    if "TPU_WORKER_HOSTNAMES" in names:
-        return "," in names["TPU_WORKER_HOSTNAMES"]
-    on_cloud_tpu = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")] and "google.colab" not in sys.modules
-    if not on_cloud_tpu or "TPU_SKIP_MDS_QUERY" in names:
-        return False
-    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-    with contextlib.suppress(OSError):
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-        return b"," in urllib.request.urlopen(request, timeout=2).read()
-    return False
-
-
-def watch_over():
-    """Runs this script again, in a child, and returns its exit status. If it was aborted, says why and what to do."""
-    environment, asked = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}, []
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, start_new_session=True)
-
-    def ask(number, frame):  # a terminal's Ctrl-C reaches only this process, and both signals mean: stop all hosts
-        child.send_signal(signal.SIGKILL if asked and number == signal.SIGINT else signal.SIGTERM)
-        asked.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    status = child.wait()
-    if status < 0:
-        print(
-            f"error: ended by {signal.Signals(-status).name}, most likely since another host is gone (the words above "
-            "say which); start the same command on all hosts, the same or another number of them: it goes on from the "
-            "newest checkpoint",
-            file=sys.stderr,
-        )  # fmt: skip
-    return status if status >= 0 else 128 - status
-
-
-def end_with(parent):
-    """This process is killed when its parent is: nobody would be left to say what became of it."""
-    PR_SET_PDEATHSIG = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was faster
-        raise SystemExit(1)
-
-
-def join_hosts():
-    """Joins the processes of all hosts, if there are several, before jax looks for devices. The first one prints."""
-    if not several_hosts():
-        return
-    if not IN_NOTEBOOK:
-        if "TPUCHAT_PARENT" not in os.environ:
-            raise SystemExit(watch_over())
-        end_with(int(os.environ["TPUCHAT_PARENT"]))
-    given = {
-        name: int(os.environ[variable])
-        for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-        if variable in os.environ
-    }
-    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT, "shutdown_timeout_seconds": HOST_TIMEOUT}
-    try:
-        jax.distributed.initialize(**given, **limits)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"several hosts: they did not find each other ({str(error).splitlines()[0]})") from error
-    if jax.process_index() > 0:
-        sys.stdout = open(os.devnull, "w")
 
 
 # %% Together tags=["shared"]
@@ -1429,8 +1374,12 @@ ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
 
 
 def arrange(config, devices):
-    """Devices in the shape of the mesh."""
-    return np.array(devices).reshape(config.mesh_shape)
+    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
+
+    InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
 
 
 def device_mesh(config):
@@ -2100,7 +2049,8 @@ def train_step(config, state, tokens, targets):
 
 
 def abstract_step(config, mesh):
-    """(state, tokens) as train_step takes them, shapes with where their parts lie on a mesh, without the arrays."""
+    """(state, tokens) as train_step takes them: shapes, and where their parts lie on a mesh, or on one of no particular
+    devices."""
     state = jax.eval_shape(lambda: init_train_state(config))
     tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
     if config.devices == 1:
@@ -3193,13 +3143,33 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes/s
     clock: float  # Hz, of the compiler's cycles
     credits: float | None  # Colab compute units for an hour
+    link: float  # bytes/s to a neighbouring chip, one way ("How to Scale Your Model", 2025)
 
 
 CHIPS = {
-    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71),
-    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None),
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71, 9e10),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
 }
 DOLLARS_PER_CREDIT = 50 / 600
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
+HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
+
+
+def parse_topology(name):
+    """('v6e', (2, 4)) of 'v6e:2x4'; a chip alone is a slice of (1, 1). InputError if there is no such slice."""
+    chip, _, slice_ = name.partition(":")
+    known = chip in CHIPS and slice_ in ("", *SLICES.values())
+    slices = ", ".join(f"v6e:{size}" for size in SLICES.values())
+    require(known, "preflight", name, f"must be one of {', '.join(CHIPS)}, or all, or a slice of several: {slices}")
+    return chip, tuple(int(n) for n in (slice_ or "1x1").split("x"))
+
+
+def on_topology(config, topology):
+    """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
+    chips = math.prod(parse_topology(topology)[1])
+    config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
+    require(config.devices == chips, "mesh", config.mesh, f"data · fsdp must be the {chips} chips of {topology}")
+    return config
 
 
 # %% Train tags=["shared"]

@@ -58,7 +58,7 @@ def largest_difference(one, other):
 
 def parity(notebook, changes, *meshes):
     """How far each mesh is from one device, after ten steps."""
-    nb, found = load(ROOT / notebook), {}
+    nb, found, alone = load(ROOT / notebook), {}, None
     for mesh in MESHES:
         if meshes and str(mesh) not in meshes and mesh != (1, 1):
             continue
@@ -66,7 +66,7 @@ def parity(notebook, changes, *meshes):
         if mesh == (1, 1):
             start = jax.device_get(nb.init_train_state(config).params)
         state, losses, programs = run(nb, config)
-        alone = (state, losses) if mesh == (1, 1) else alone
+        alone = alone or (state, losses)
         found[str(mesh)] = {
             "loss": max(abs(x / y - 1) for x, y in zip(losses, alone[1], strict=True)), "programs": programs,
             "params": largest_difference(state.params, alone[0].params), "last": losses[-1],

@@ -248,3 +248,20 @@ def test_the_script_trains_and_refuses(tmp_path):
     assert (tmp_path / "run" / "loss.png").exists()
     wrong = subprocess.run([*command, "--n_embd=300"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert wrong.returncode == 2 and "n_embd=300: must be a multiple of 256" in wrong.stderr
+
+
+# ---- sizes for several chips
+
+
+def test_presets_follow_the_arithmetic(mt):
+    """About 1.3B and 7B parameters, 20 tokens for each of them, on 8 and 64 chips; each is checked like any Config."""
+    for name, chips, parameters in (("v6e_8", 8, 1.34e9), ("v6e_64", 64, 6.8e9)):
+        config, rest = mt.preset_option(["--preset", name, "--seed=1"])
+        assert rest == ["--seed=1"] and config == getattr(mt.Config, name)() and config.devices == chips
+        counted = mt.count_params(config)["total"]
+        assert abs(counted / parameters - 1) < 0.02
+        tokens = config.total_steps * config.tokens_per_step
+        assert abs(tokens / (20 * counted) - 1) < 1e-3
+    assert mt.preset_option(["--n_layer=2"]) == (None, ["--n_layer=2"])
+    with pytest.raises(mt.InputError, match="preset='v6e-8'.*small, demo, v6e_8, v6e_64"):
+        mt.preset_option(["--preset=v6e-8"])

@@ -65,7 +65,7 @@ def test_the_kernels_stay_kernels(nb):
                 n_head=2, head_dim=128, aspect_ratio=128, vocab_size=512, seq_len=256, splash_block_size=128,
                 window_pattern="L" if impl == "pallas" else "SL", attn_impl=impl, device_batch_size=1, mesh=mesh,
             )  # fmt: skip
-            state, tokens = nb.abstract_step(config, nb.sharding(config).mesh)
+            state, tokens = nb.abstract_step(config, None)
             text = nb.train_step.trace(config, state, tokens, tokens).lower(lowering_platforms=("tpu",)).as_text()
             calls[mesh] = text.count("@tpu_custom_call"), len(re.findall(r"sdy.manual_computation", text))
         assert calls[1, 1][0] == calls[2, 4][0] >= 3 and calls[1, 1][1] == 0 < calls[2, 4][1], (impl, calls)
@@ -97,7 +97,7 @@ def test_one_device_costs_nothing(notebook, monkeypatch):
             assert lowered(nb, config.replace(**changes)) == text
         jax.clear_caches()
     eight = config.replace(mesh=(2, 4), total_batch_size=-1)
-    state, tokens = nb.abstract_step(eight, nb.sharding(eight).mesh)
+    state, tokens = nb.abstract_step(eight, None)
     text = nb.train_step.trace(eight, state, tokens, tokens).lower(lowering_platforms=("tpu",)).as_text()
     assert re.search(r"sdy\.sharding_constraint", text) and "num_partitions = 8" in text
 

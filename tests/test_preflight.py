@@ -350,3 +350,160 @@ def test_reasons(nb):
     assert nb.reason(hbm) == ("out of HBM by 16.13 GiB: needs 31.88 of 15.75 GiB", 31.88 * 2**30)
     other = RuntimeError("INTERNAL: Mosaic failed\n\n  to compile")
     assert nb.reason(other) == ("INTERNAL: Mosaic failed   to compile", None)
+
+
+# ---- several chips
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is for Linux on x86_64")
+@pytest.mark.parametrize("mesh", ["1x8", "auto"])
+def test_the_report_of_a_slice(tmp_path, mesh):
+    """Eight chips: memory of each, the whole rate and a chip's, communication as a component, what is waited for."""
+    done = script(tmp_path, "--preflight=v6e:2x4", *SMALL, "--device_batch_size=2", f"--mesh={mesh}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr.strip()
+    shape = "8 × 1" if mesh == "auto" else "1 × 8"
+    assert (
+        f"preflight on v6e:2x4: 0.5M parameters, 2 × 256 tokens × 1 a step on each chip of a mesh {shape}"
+        in done.stdout
+    )
+    assert re.search(r"memory  [\d.]+ GiB of 31.25 on each chip at its peak", done.stdout)
+    rate, each = re.search(r"a step of 4,096 tokens: ([\d,]+) tok/s, ([\d,]+) a chip, MFU", done.stdout).groups()
+    assert math.isclose(int(rate.replace(",", "")), 8 * int(each.replace(",", "")), rel_tol=1e-3)
+    assert "credits" not in done.stdout  # Colab has no slices
+    sent, exposed = map(
+        float, re.search(r"send    ([\d.]+) ms a step, of which ([\d.]+) are not", done.stdout).groups()
+    )
+    assert 0 < exposed <= sent
+    assert ("× all-gather of" in done.stdout) == (mesh == "1x8")
+    shares = dict(re.findall(r"^ +([\w ]+?) +[\d.]+ +[\d.]+ +([\d.]+)%$", done.stdout, re.M))
+    assert "communication" in shares and abs(sum(map(float, shares.values())) - 100) < 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["preflight-v6e-2x4.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preflight", "v6e:3x5"], ["preflight='v6e:3x5'", "v6e:2x4"]),
+        (["--preflight", "v6e:2x4", "--mesh=2x2"], ["mesh=(2, 2)", "the 8 chips of v6e:2x4"]),
+        (["--preflight", "v6e", "--mesh=1x8"], ["mesh=(1, 8)", "the 1 chips of v6e"]),
+        (["--scaling", "v6e:2x4"], ["scaling='v6e:2x4'", "v6e, v5e"]),
+    ],
+)
+def test_a_wrong_slice_is_one_line(tmp_path, options, words):
+    done = script(tmp_path, *options, *SMALL)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and all(word in done.stderr for word in words)
+
+
+def test_devices_of_a_mesh(nb):
+    """As many as the mesh says, each once."""
+    config = nb.Config(mesh=(2, 2))
+    arranged = nb.arrange(config, nb.jax.devices() * 4 if len(nb.jax.devices()) == 1 else nb.jax.devices()[:4])
+    assert arranged.shape == (2, 2)
+    with pytest.raises(nb.InputError, match=r"mesh=\(2, 2\).*there are 3 devices"):
+        nb.arrange(config, nb.jax.devices()[:1] * 3)
+
+
+def test_scaled_configs(nb):
+    """The same tokens a chip, or the same tokens a step in as few passes as fit; fsdp over eight chips at most."""
+    config = nb.Config()
+    assert [nb.scaled(config, n).tokens_per_step for n in (1, 8, 64)] == [4 * 2048, 32 * 2048, 256 * 2048]
+    total = 64 * 2048
+    strong = [nb.scaled(config, n, total) for n in (1, 8, 64)]
+    assert [c.tokens_per_step for c in strong] == [total] * 3
+    assert [(c.device_batch_size, c.grad_accum_steps) for c in strong] == [(4, 16), (4, 2), (1, 1)]
+    assert all(c.devices == n for c, n in zip(strong, (1, 8, 64), strict=True))
+
+
+def test_links_of_groups(nb):
+    """A slice of 2×4 has no ring but around its edge: two links a chip. In a line, the last chip has one; an axis of
+    16 closes."""
+    edge = [[(0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2), (1, 3), (0, 3)]]
+    assert nb.links_of_groups(edge, (2, 4)) == {8: 2}
+    square = [[(x, y) for y in range(8)] for x in range(8)]
+    assert nb.links_of_groups(square, (8, 8)) == {8: 1, 64: 2}
+    assert nb.links_within([(0, y) for y in range(16)], (16, 16)) == 2
+    assert nb.links_of_groups([[(0, 0)]], (1, 1)) == {}
+
+
+SENDING = """\
+HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%aside (shard: bf16[128,1024]) -> bf16[1024,1024] {
+  %shard = bf16[128,1024]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%shard), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}, backend_config={"color_strategies":[{"phase_rings":[{"ring_type":"CW","core_count":"8"}]},{"phase_rings":[{"ring_type":"CCW","core_count":"8"}]}]}
+}, execution_thread="sparsecore"
+
+%all-reduce-scatter (g: f32[1024,128]) -> f32[128,128] {
+  %g = f32[1024,128]{1,0} parameter(0)
+  %all-reduce.7 = f32[1024,128]{1,0} all-reduce(%g), replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[128,128]{1,0} dynamic-slice(%all-reduce.7, %zero, %zero), dynamic_slice_sizes={128,128}
+}
+
+ENTRY %main (p0: bf16[128,1024], p1: f32[1024,128], p2: f32[256]) -> f32[128,128] {
+  %p0 = bf16[128,1024]{1,0} parameter(0)
+  %p1 = f32[1024,128]{1,0} parameter(1)
+  %p2 = f32[256]{0} parameter(2)
+  %gather.call-start = ((), (), (s32[1]{0:S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%aside
+  %before = f32[256]{0} negate(%p2)
+  %gather.call-update = ((bf16[128,1024]{1,0}), bf16[1024,1024]{1,0}) call-update(%gather.call-start, %p0)
+  %between = f32[256]{0} negate(%before)
+  %gather.call-done = bf16[1024,1024]{1,0} call-done(%gather.call-update)
+  %all-reduce.9 = f32[256]{0} all-reduce(%between), replica_groups=[4,4]<=[16], to_apply=%add
+  ROOT %scattered = f32[128,128]{1,0} fusion(%p1), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+@pytest.fixture
+def sending(nb):
+    return {op.name: op for op in nb.schedule(SENDING)}
+
+
+def test_collectives_of_a_program(nb, sending):
+    """Kind, bytes of the whole, chips of a group, in each notation; what runs on another core is found behind its call,
+    a sum of which each chip keeps a part is a reduce-scatter, and a scalar operation is none."""
+    found = {name: op.collective for name, op in sending.items() if op.collective}
+    assert found == {
+        "gather.call-start": nb.Collective("all-gather", 1024 * 1024 * 2, 8, 2, 4),
+        "all-reduce.9": nb.Collective("all-reduce", 256 * 4, 4, 2, 4),
+        "scattered": nb.Collective("reduce-scatter", 1024 * 128 * 4, 8, 2, 4),
+    }
+    assert nb.group_size("source_target_pairs={{0,1},{1,0}}") == 2
+
+
+def test_seconds_of_a_collective(nb):
+    """By hand, at 90 GB/s a link: seven eighths of the bytes arrive, of a sum twice, over two links or one."""
+    gather = nb.Collective("all-gather", 8 * 10**6, 8, 2, 4)
+    assert math.isclose(nb.link_seconds(gather, "v6e", 2), 7e6 / 180e9 + 4e-6)
+    assert math.isclose(nb.link_seconds(gather, "v6e", 1), 7e6 / 90e9 + 4e-6)
+    assert math.isclose(nb.link_seconds(gather._replace(rings=1), "v6e", 2), 7e6 / 90e9 + 4e-6)
+    assert math.isclose(nb.link_seconds(gather._replace(kind="all-reduce", hops=8), "v5e", 2), 14e6 / 90e9 + 8e-6)
+
+
+def test_only_what_arithmetic_does_not_hide_is_waited_for(nb, sending):
+    """The gather begins at its update, not at its start; the sum after it waits for the links, and the chip for it."""
+    ops = list(sending.values())
+    gather = nb.link_seconds(sending["gather.call-start"].collective, "v6e", 2)
+
+    def exposed(between):
+        seconds = [{"before": 1.0, "between": between}.get(op.name, 0.0) for op in ops]
+        return {wait.sent.kind: wait.exposed for wait in nb.waits(ops, seconds, "v6e", {8: 2, 4: 2})}
+
+    assert math.isclose(exposed(0.0)["all-gather"], gather)
+    assert math.isclose(exposed(0.25 * gather)["all-gather"], 0.75 * gather)
+    hidden = exposed(2 * gather)
+    assert hidden["all-gather"] == 0 and hidden["all-reduce"] > 0 and hidden["reduce-scatter"] > 0
+    links = {8: 2, 4: 2}
+    parts, _, found = nb.timeline(SENDING, "v6e", [2048], links=links)
+    waited = sum(seconds for (name, _), seconds in parts.items() if name == "communication")
+    assert math.isclose(waited, sum(wait.exposed for wait in found)) and len(found) == 3
+    assert ("communication", "backward") in parts  # gradients are summed

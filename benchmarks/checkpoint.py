@@ -51,7 +51,7 @@ def main():
         for _ in range(args.repeats):
             saver = nb.Checkpointer(config, Path(folder))
             times["step"].append(timed(step)[0])
-            times["copy"].append(timed(lambda: nb.host_arrays(state))[0])
+            times["copy"].append(timed(lambda: nb.host_parts(config, state))[0])
             times["save"].append(timed(lambda saver=saver: saver.save(state))[0])
             times["step after it"].append(timed(step)[0])
             times["written after"].append(timed(saver.close)[0])

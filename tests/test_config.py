@@ -180,7 +180,7 @@ class FakeDevice:
 def test_the_step_fits_the_device(nb, monkeypatch, device, rows):
     """Passes as large as the device allows; the tokens of a step are the same everywhere."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     config = nb.Config.for_device()
     assert config.device_batch_size == rows and config.tokens_per_step == nb.Config().tokens_per_step
     assert config.replace(device_batch_size=4, total_batch_size=-1) == nb.Config()

@@ -1,5 +1,6 @@
 """04_maxtext.py: what it has of its own. The cells that it shares with 02_train.py are tested there."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_chunked_loss(mt, chunks, dtype, tolerance):
         return 3 * jnp.mean(mt.softcap_losses(x, head, targets, 15.0))
 
     def chunked(x, head):
-        return 3 * mt.chunked_mean_loss(x, head, targets, 15.0, chunks)
+        return 3 * mt.chunked_mean_loss(mt.Config(softcap=15.0, loss_chunks=chunks), x, head, targets)
 
     want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1)))(x, head)
     have, have_grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(x, head)
@@ -213,7 +214,8 @@ def test_chunks_keep_no_logits(mt):
     """Between forward and backward there are the two gradients, and nothing as long as the tokens times V."""
     x, head = jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16)
     targets = jnp.zeros(1024, jnp.int32)
-    kept = jax.eval_shape(lambda x, w: jax.vjp(lambda *a: mt.chunked_mean_loss(*a, targets, 15.0, 8), x, w)[1], x, head)
+    loss = functools.partial(mt.chunked_mean_loss, mt.Config(loss_chunks=8))
+    kept = jax.eval_shape(lambda x, w: jax.vjp(lambda *a: loss(*a, targets), x, w)[1], x, head)
     assert sorted(leaf.size for leaf in jax.tree.leaves(kept) if leaf.size > 1) == [1024 * 64, 64 * 4096]
 
 

@@ -2605,6 +2605,10 @@ def file_facts(path):
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def file_size(path):
+    return {"bytes": path.stat().st_size}
+
+
 def flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -2631,9 +2635,9 @@ def write_parts(folder, files):
 
     def write(name):
         parts = files[name]
-        split = {array: start for array, (start, _) in parts.items() if "-of-" in name}
         arrays = {array: part for array, (_, part) in parts.items()}
-        save_file(arrays, folder / name, metadata={"start": json.dumps(split)} if split else None)
+        starts = {"start": json.dumps({array: start for array, (start, _) in parts.items()})} if "-of-" in name else {}
+        save_file(arrays, folder / name, *filter(None, [starts]))
         flush_to_disk(folder / name)
         return file_facts(folder / name)
 
@@ -2767,10 +2771,11 @@ def read_meta(path):
         raise ValueError(f"meta.json says wandb {meta['wandb']!r}")
     if not any(map(STATE_FILE.fullmatch, meta["files"])) or not all(map(is_checkpoint_file, meta["files"])):
         raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
+    facts_of = file_facts if is_first() else file_size  # one process reads all, the others what they need
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found_facts = pool.map(lambda name: file_facts(path / name), meta["files"])
+        found_facts = pool.map(lambda name: facts_of(path / name), meta["files"])
     for (name, facts), found in zip(meta["files"].items(), found_facts, strict=True):
-        if found != facts:
+        if found != {what: facts.get(what) for what in found}:
             what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
             raise ValueError(f"{name} is damaged: its {what} is {found[what]}, not {facts.get(what)}")
     return meta
@@ -4554,11 +4559,12 @@ def train(config, report=None):
         tokenizer = find_tokenizer(config, shards[0]())
     check_alike("the tokenizer", str(tokenizer._mergeable_ranks))
     validation = in_background(lambda: check_shard(fetch_validation()))
-    open_backup(config)
+    on_first(lambda: open_backup(config))
     run, checkpoint = open_run_together(config)
     if checkpoint:
-        config = keep_step_size(config, read_meta(checkpoint))
         state, meta = load_checkpoint(checkpoint, config)
+        config = keep_step_size(config, meta)
+        state = state._replace(hyper=put_hyper(config, hyperparams(config)))  # the schedule counts steps
         if "metrics.jsonl" in meta["files"] and is_first():  # whole, whatever became of the file that was being written
             shutil.copyfile(checkpoint / "metrics.jsonl", run / "metrics.jsonl")
     else:

@@ -65,7 +65,10 @@ SMALL = dict(  # values that are often right, for the fields whose size costs ti
     n_layer=st.integers(1, 3), mlp_dim=st.sampled_from([256, 512, 700]), remat=st.sampled_from(["none", "full"]),
     layers=st.sampled_from(["unrolled", "scanned"]), loss_chunks=st.integers(1, 4),
 )  # fmt: skip
-BY_TYPE = {int: st.integers(-2, 1000), float: st.floats(0, 10), str: st.text(string.printable, max_size=6)}
+MESHES = st.sampled_from(["auto", "auto", (1, 1), (2, 2), (1, 8), (3, 1), [2, 1], "1x2", "2,", (0, 1)])
+BY_TYPE = {
+    int: st.integers(-2, 1000), float: st.floats(0, 10), str: st.text(string.printable, max_size=6), str | tuple: MESHES,
+}  # fmt: skip
 
 
 @st.composite

@@ -3097,7 +3097,7 @@ class RunLog:
 # - Pallas kernels carry no estimate. Splash attention is counted from the length of its own instruction schedule: so
 #   many cycles for each active block, and half a microsecond at least for each step of its grid.
 #
-# `preflight(Config(mesh=(1, 8)), "v6e:2x4")` asks about a slice of eight chips, "v6e:8x8" about 64 on sixteen hosts. The
+# `preflight(Config(mesh=(1, 8)), "v6e:2x4")` asks about a slice of eight chips, "v6e:8x8" about 64 on 16 hosts. The
 # program of one chip, which is the program of each, then holds what they send each other:
 #
 # - *the compiler's* are the collectives, how many bytes each moves among how many chips, around how many rings, where

@@ -67,7 +67,8 @@ SMALL = dict(  # values that are often right, for the fields whose size costs ti
 )  # fmt: skip
 MESHES = st.sampled_from(["auto", "auto", (1, 1), (2, 2), (1, 8), (3, 1), [2, 1], "1x2", "2,", (0, 1)])
 BY_TYPE = {
-    int: st.integers(-2, 1000), float: st.floats(0, 10), str: st.text(string.printable, max_size=6), str | tuple: MESHES,
+    int: st.integers(-2, 1000), float: st.floats(0, 10), str: st.text(string.printable, max_size=6),
+    str | tuple: MESHES,
 }  # fmt: skip
 
 

@@ -692,6 +692,119 @@ def one_line_errors():
 
 
 # %% [markdown]
+# ## More than one device
+#
+# A step on eight chips is the same step. jax keeps arrays in pieces on a *mesh* of devices, and XLA's SPMD partitioner
+# writes from the program of the whole the program of one device, with all that the devices must send each other. What
+# is left to say is where the pieces lie. The mesh has two axes, and each row of the batch is on one device of it:
+#
+# - **data**: copies of the state. Each device computes the gradient of its rows, and all of them are summed.
+# - **fsdp** (fully sharded data parallel; ZeRO, Rajbhandari et al. 2020): weights, moments and gradients are split. A
+#   layer's weights are gathered in bfloat16 when it runs, and of the sum of gradients a device gets the part that it
+#   updates. As many bytes are sent as for copies, the state of 12 bytes a parameter takes 1/n of the memory, and AdamW
+#   1/n of the time: on eight chips that pays for what communication costs (estimates in LOG.md).
+#
+# `mesh='auto'` is all devices as copies, which any model that fits one chip can do; `mesh=(1, 8)` splits the state over
+# eight. Nothing here names a device: a trace needs the shape of the mesh only, so a laptop can compile for 64 chips.
+# And on one device nothing is said at all: its program is the one that it was without a mesh.
+
+
+# %% Mesh tags=["shared"]
+def sharding(config, *spec, mesh=None):
+    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def weight_spec(config, shape):
+    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
+    fsdp = config.mesh_shape[1]
+    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
+    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
+    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
+
+
+ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
+
+
+def arrange(config, devices):
+    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
+
+    InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
+
+
+def device_mesh(config):
+    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
+    count = jax.device_count()
+    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
+    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
+    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
+
+
+# %% Arrays on the mesh tags=["shared"]
+def put_whole(config, x, *spec):
+    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
+    if config.devices == 1:
+        return x
+    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def put_rows(config, tree):
+    """Arrays whose first axis is split over the devices, from this process's rows of each."""
+    if config.devices == 1:
+        return jax.device_put(tree)
+    place = sharding(config, ROWS, mesh=device_mesh(config))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+
+# %% Where parts lie tags=["shared"]
+def constrain(config, x, *spec):
+    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
+    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
+
+
+def split_weights(config, tree):
+    """Weights, moments or gradients, each split as weight_spec says."""
+    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
+
+
+def whole_weights(config, tree):
+    """Weights on every device as a whole: what fsdp has split is gathered."""
+    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
+
+
+def in_parts(config, x, n):
+    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
+    if config.devices > 1:
+        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
+        return constrain(config, x, None, ROWS)
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def from_parts(config, x):
+    """What in_parts gave, put together again."""
+    if config.devices > 1:
+        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
+        return constrain(config, x, ROWS)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def on_each_device(config, function):
+    """function, called on each device with its rows: no array inside it is another device's business."""
+    if config.devices == 1:
+        return function
+    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+# %% [markdown]
 # ## Tokenizer
 #
 # Byte-level BPE: text is split by a pattern into words, numbers and punctuation, and inside each piece the most
@@ -1185,6 +1298,10 @@ def read_documents(path, start=0, step=1):
 # encode ahead (tiktoken releases the GIL), one more thread packs batches and puts them on the device, and the training
 # loop takes what is ready. The position of the *next* token travels with each batch, so a checkpoint that is taken
 # after step n resumes with the first token that step n + 1 would have seen, whatever the threads had read ahead.
+#
+# Several processes share the documents by their rows: of S *streams*, stream s has rows s, s + S, … of each shard, and
+# fills its own rows of the batch. A run begins with a stream for each process. If it goes on with fewer processes, each
+# takes several streams, and the batches are what they would have been; with more, streams are split.
 
 # %% Encode tags=["shared"]
 PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
@@ -1501,105 +1618,6 @@ def merge_heads(y):
     """[B, N, T, H] → [B·T, N·H]."""
     B, N, T, H = y.shape
     return y.swapaxes(1, 2).reshape(B * T, N * H)
-
-
-# %% [markdown]
-# ### More than one device
-#
-# MESHTEXT
-
-
-# %% Mesh tags=["shared"]
-def sharding(config, *spec, mesh=None):
-    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def weight_spec(config, shape):
-    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
-    fsdp = config.mesh_shape[1]
-    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
-    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
-    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
-
-
-ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
-
-
-def arrange(config, devices):
-    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
-
-    InputError if there are not as many as config.mesh says.
-    """
-    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
-    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
-
-
-def device_mesh(config):
-    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
-    count = jax.device_count()
-    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
-    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
-    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
-
-
-def put_whole(config, x, *spec):
-    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
-    if config.devices == 1:
-        return x
-    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
-    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-
-
-def put_rows(config, tree):
-    """Arrays whose first axis is split over the devices, from this process's rows of each."""
-    if config.devices == 1:
-        return jax.device_put(tree)
-    place = sharding(config, ROWS, mesh=device_mesh(config))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
-
-
-def constrain(config, x, *spec):
-    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
-    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
-
-
-def split_weights(config, tree):
-    """Weights, moments or gradients, each split as weight_spec says."""
-    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
-
-
-def whole_weights(config, tree):
-    """Weights on every device as a whole: what fsdp has split is gathered."""
-    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
-
-
-def in_parts(config, x, n):
-    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
-    if config.devices > 1:
-        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
-        return constrain(config, x, None, ROWS)
-    return x.reshape(n, -1, *x.shape[1:])
-
-
-def from_parts(config, x):
-    """What in_parts gave, put together again."""
-    if config.devices > 1:
-        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
-        return constrain(config, x, ROWS)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def on_each_device(config, function):
-    """function, called on each device with its rows: no array inside it is another device's business."""
-    if config.devices == 1:
-        return function
-    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
-    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 # %% [markdown]
@@ -2572,6 +2590,9 @@ def generate(
 # name), `meta.json` (Config, step, the loader's position, size and SHA-256 of the files) and the metrics so far. It is
 # written under a temporary name, flushed to disk and renamed; one that is damaged all the same is named and passed
 # over. Only arrays and JSON are ever read back, so no checkpoint can run code.
+#
+# Of a state that fsdp has split, each part is a file, `state-00003-of-00008.safetensors`, with where it begins in each
+# array, and every process writes the parts that it holds. They load on any mesh: a device reads what it is to hold.
 
 
 # %% Checkpoints tags=["shared"]

@@ -744,6 +744,101 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
+# %% Mesh tags=["shared"]
+def sharding(config, *spec, mesh=None):
+    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def weight_spec(config, shape):
+    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
+    fsdp = config.mesh_shape[1]
+    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
+    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
+    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
+
+
+ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
+
+
+def arrange(config, devices):
+    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
+
+    InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
+
+
+def device_mesh(config):
+    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
+    count = jax.device_count()
+    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
+    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
+    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
+
+
+# %% Arrays on the mesh tags=["shared"]
+def put_whole(config, x, *spec):
+    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
+    if config.devices == 1:
+        return x
+    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def put_rows(config, tree):
+    """Arrays whose first axis is split over the devices, from this process's rows of each."""
+    if config.devices == 1:
+        return jax.device_put(tree)
+    place = sharding(config, ROWS, mesh=device_mesh(config))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+
+# %% Where parts lie tags=["shared"]
+def constrain(config, x, *spec):
+    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
+    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
+
+
+def split_weights(config, tree):
+    """Weights, moments or gradients, each split as weight_spec says."""
+    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
+
+
+def whole_weights(config, tree):
+    """Weights on every device as a whole: what fsdp has split is gathered."""
+    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
+
+
+def in_parts(config, x, n):
+    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
+    if config.devices > 1:
+        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
+        return constrain(config, x, None, ROWS)
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def from_parts(config, x):
+    """What in_parts gave, put together again."""
+    if config.devices > 1:
+        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
+        return constrain(config, x, ROWS)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def on_each_device(config, function):
+    """function, called on each device with its rows: no array inside it is another device's business."""
+    if config.devices == 1:
+        return function
+    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
 # %% [markdown]
 # ## Tokenizer
 #
@@ -1509,99 +1604,6 @@ def merge_heads(y):
     """[B, N, T, H] → [B·T, N·H]."""
     B, N, T, H = y.shape
     return y.swapaxes(1, 2).reshape(B * T, N * H)
-
-
-# %% Mesh tags=["shared"]
-def sharding(config, *spec, mesh=None):
-    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def weight_spec(config, shape):
-    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
-    fsdp = config.mesh_shape[1]
-    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
-    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
-    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
-
-
-ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
-
-
-def arrange(config, devices):
-    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
-
-    InputError if there are not as many as config.mesh says.
-    """
-    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
-    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
-
-
-def device_mesh(config):
-    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
-    count = jax.device_count()
-    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
-    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
-    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
-
-
-def put_whole(config, x, *spec):
-    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
-    if config.devices == 1:
-        return x
-    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
-    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-
-
-def put_rows(config, tree):
-    """Arrays whose first axis is split over the devices, from this process's rows of each."""
-    if config.devices == 1:
-        return jax.device_put(tree)
-    place = sharding(config, ROWS, mesh=device_mesh(config))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
-
-
-def constrain(config, x, *spec):
-    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
-    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
-
-
-def split_weights(config, tree):
-    """Weights, moments or gradients, each split as weight_spec says."""
-    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
-
-
-def whole_weights(config, tree):
-    """Weights on every device as a whole: what fsdp has split is gathered."""
-    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
-
-
-def in_parts(config, x, n):
-    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
-    if config.devices > 1:
-        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
-        return constrain(config, x, None, ROWS)
-    return x.reshape(n, -1, *x.shape[1:])
-
-
-def from_parts(config, x):
-    """What in_parts gave, put together again."""
-    if config.devices > 1:
-        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
-        return constrain(config, x, ROWS)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def on_each_device(config, function):
-    """function, called on each device with its rows: no array inside it is another device's business."""
-    if config.devices == 1:
-        return function
-    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
-    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
 # %% Attention tags=["shared"]

@@ -4405,7 +4405,7 @@ def plot_scaling(table, chip, path):
         panel.plot(chips, [rates[0] / chips[0] * n for n in chips], "--", color="0.6", label="perfect")
         panel.plot(chips, rates, "o-", label="estimate")
         for row in rows[1:]:
-            place = {"xytext": (-6, -14), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+            place = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
             panel.annotate(f"{row['efficiency']:.0%}", (row["chips"], row["rate"]), **place)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")

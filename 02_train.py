@@ -2387,9 +2387,12 @@ def evaluate(config, params, batches):
     """{'loss': nats per token, 'bpb': bits per byte, 'by_position': loss at each place in the context, [T]} on the
     batches of validation_batches."""
     weights = evaluation_weights(config, params)
-    batches_here = ([put_whole(config, x, ROWS) for x in batch[:2]] for batch in batches)
-    losses = [evaluation_step(config, weights, tokens, targets) for tokens, targets in batches_here]
-    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in from_all_processes(losses))
+    losses = []
+    for tokens, targets, _ in batches:
+        loss = evaluation_step(config, weights, *(put_whole(config, x, ROWS) for x in (tokens, targets)))
+        # Steps that do not wait for each other may wait for each other's sums: on several CPUs 39 in flight hung.
+        losses.append(loss if jax.process_count() == 1 else from_all_processes(loss))
+    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in jax.device_get(losses))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
     by_position = nats / np.maximum(count, 1)

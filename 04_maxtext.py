@@ -2180,8 +2180,8 @@ def loss_fn(config, params, tokens, targets):
     weights = cast_weights(config, params)
     x = hidden(config, weights, tokens)
     with jax.named_scope("loss"):
-        head = whole_weights(config, weights["lm_head"])
-        return chunked_mean_loss(config, rms_norm(x), head, targets.reshape(-1))
+        head, targets = whole_weights(config, weights["lm_head"]), targets.reshape(-1)
+        return chunked_mean_loss(config, rms_norm(x), head, targets)
 
 
 # %% [markdown]

@@ -268,7 +268,10 @@ def one_line_errors():
     except InputError as error:
         if IN_NOTEBOOK:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if seconds := os.environ.get("TPUCHAT_LEAVE_AFTER"):  # one of several hosts: a proper end waits for all others
+            time.sleep(float(seconds))
+            os._exit(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if IN_NOTEBOOK:

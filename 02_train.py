@@ -226,7 +226,9 @@ def several_hosts():
     names = os.environ
     if "JAX_COORDINATOR_ADDRESS" in names or "MEGASCALE_COORDINATOR_ADDRESS" in names:
         return True
-    if int(names.get("SLURM_NTASKS", 1)) > 1 or int(names.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if "SLURM_STEP_ID" in names and int(names.get("SLURM_NTASKS", 1)) > 1:  # by srun, not in a shell of salloc
+        return True
+    if int(names.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
     if "TPU_WORKER_HOSTNAMES" in names:
         return "," in names["TPU_WORKER_HOSTNAMES"]
@@ -240,7 +242,8 @@ def several_hosts():
 
 
 def watch_over():
-    """Runs this script again, in a child, and returns its exit status. If it was aborted, says why and what to do."""
+    """Runs this script again, in a child, and returns its exit status. If a signal has ended it, says why, most likely,
+    and what to do."""
     environment, asked = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}, []
     child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, start_new_session=True)
 
@@ -251,14 +254,20 @@ def watch_over():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
     status = child.wait()
-    if status < 0:
+    if status >= 0:
+        return status
+    name, again = signal.Signals(-status).name, "it goes on from the newest checkpoint, if there is one"
+    if asked:
+        print(f"stopped by {name}; start the same command on all hosts: {again}", file=sys.stderr)
+    elif name == "SIGABRT":
         print(
-            f"error: ended by {signal.Signals(-status).name}, most likely since another host is gone (the words above "
-            "say which); start the same command on all hosts, the same or another number of them: it goes on from the "
-            "newest checkpoint",
+            f"error: ended by {name}, most likely since another host is gone, or has not come (the words above say "
+            f"which); start the same command on all hosts, the same or another number of them: {again}",
             file=sys.stderr,
         )  # fmt: skip
-    return status if status >= 0 else 128 - status
+    else:
+        print(f"error: killed by {name}, perhaps for its memory; start it on all hosts again: {again}", file=sys.stderr)
+    return 128 - status
 
 
 def end_with(parent):
@@ -283,13 +292,25 @@ def join_hosts():
         for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
         if variable in os.environ
     }
-    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT, "shutdown_timeout_seconds": HOST_TIMEOUT}
+    # A host that is done waits for the first one's last upload; one that has failed leaves at once.
+    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT, "shutdown_timeout_seconds": 24 * 3600}
+    print("hosts   waiting for the others, for five minutes", flush=True)
     try:
         jax.distributed.initialize(**given, **limits)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"several hosts: they did not find each other ({str(error).splitlines()[0]})") from error
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")
+    if not IN_NOTEBOOK:  # whoever fails leaves, and does not wait for hosts that wait for it; the first one, on which
+        os.environ["TPUCHAT_LEAVE_AFTER"] = "0" if jax.process_index() else "2"  # the others hang, two seconds later
+        sys.excepthook = leave_with_traceback
+
+
+def leave_with_traceback(*exception):
+    sys.__excepthook__(*exception)
+    sys.stderr.flush()
+    time.sleep(float(os.environ["TPUCHAT_LEAVE_AFTER"]))
+    os._exit(1)
 
 
 # %% Together tags=["shared"]
@@ -325,24 +346,26 @@ def on_first(function):
     return found["value"]
 
 
-def check_alike(name, text):
-    """InputError on all processes unless `text` is the same on all: what differs now would be a wrong sum later."""
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint8)[None]
-    found = from_all_processes(digest)
-    others = [i for i, row in enumerate(found) if not np.array_equal(row, found[0])]
+def check_alike(facts):
+    """InputError on all processes that names those of `facts`, {name: value}, which are not the same on all: what
+    differs now would be a wrong sum later."""
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:4] for value in facts.values()]
+    found = from_all_processes(np.frombuffer(b"".join(digests), np.int32)[None])  # [processes, facts]
+    others = [name for name, column in zip(facts, found.T, strict=True) if (column != column[0]).any()]
     if others:
-        raise InputError(f"several hosts: {name} of process {others[0]} is not that of process 0; start all alike")
+        raise InputError(f"several hosts: {', '.join(others)} must be the same on all; start all alike")
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """What the first process may have to make, a tokenizer or a download, the others then find."""
-    several = jax.process_count() > 1
-    if several and not is_first():
-        multihost_utils.sync_global_devices("first")
-    yield
-    if several and is_first():
-        multihost_utils.sync_global_devices("first")
+def first_process_first(function):
+    """function() of each process: what the first may have to make, a tokenizer or a download, the others then find. Its
+    InputError is raised on all."""
+    found = []
+
+    def call():
+        found.append(function())
+
+    on_first(call)
+    return found[0] if found else function()
 
 
 # %% [markdown]
@@ -682,7 +705,10 @@ def one_line_errors():
     except InputError as error:
         if IN_NOTEBOOK:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if seconds := os.environ.get("TPUCHAT_LEAVE_AFTER"):  # one of several hosts: a proper end waits for all others
+            time.sleep(float(seconds))
+            os._exit(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if IN_NOTEBOOK:
@@ -2741,9 +2767,11 @@ def drop_old_checkpoints(folder, keep):
         with contextlib.suppress(OSError, ValueError):
             losses[path] = json.loads((path / "meta.json").read_text()).get("val_loss")
     best = min((path for path in losses if losses[path]), key=losses.get, default=None)
-    for path in [path for path in found[:-keep] if path != best]:
-        os.replace(path, path.with_name(f".{path.name}.tmp"))  # or a kill now would leave a part of it
-    for rest in folder.glob(".*.tmp"):
+    old = [(path, path.with_name(f".{path.name}.tmp")) for path in found[:-keep] if path != best]
+    for path, hidden in old:
+        os.replace(path, hidden)  # or a kill now would leave a part of it
+    # Another process may be writing the next one already.
+    for rest in folder.glob(".*.tmp") if jax.process_count() == 1 else [hidden for _, hidden in old]:
         shutil.rmtree(rest, ignore_errors=True)
 
 
@@ -3084,6 +3112,11 @@ def keep_step_size(config, meta):
     require(
         config.total_batch_size == -1, "total_batch_size", config.total_batch_size,
         f"the run to go on with has steps of {step_size(meta)} tokens; leave it at -1, or set resume='never'",
+    )  # fmt: skip
+    require(
+        step_size(meta) % config.tokens_per_pass == 0, "device_batch_size", config.device_batch_size,
+        f"the run to go on with has steps of {step_size(meta) // config.seq_len} sequences, which {config.devices} "
+        "devices cannot share in passes of as many; change it, or mesh",
     )  # fmt: skip
     return config.replace(total_batch_size=step_size(meta))
 
@@ -4053,7 +4086,8 @@ def links_of_groups(chips, slice_):
     """{chips in a group: links_within it} for all chips of a mesh, its rows and its columns: [data][fsdp] → (x, y)."""
     columns = list(zip(*chips, strict=True))
     groups = [*chips, *columns, list(itertools.chain(*chips))]
-    return {len(group): links_within(group, slice_) for group in groups if len(group) > 1}
+    sizes = {len(group) for group in groups} - {1}
+    return {n: min(links_within(group, slice_) for group in groups if len(group) == n) for n in sizes}
 
 
 def link_seconds(sent, chip, links):
@@ -4632,6 +4666,15 @@ def describe_batch(start, stop):
     return f"{where} to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
 
 
+def find_data(config):
+    """(training shards, validation shard, tokenizer). Shards are fetchers; the first one is there."""
+    shards, fetch_validation = list_shards(config)
+    announce_downloads(config, [*shards, fetch_validation])
+    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
+        check_shard(fetch())
+    return shards, fetch_validation, find_tokenizer(config, shards[0]())
+
+
 def train(config, report=None):
     """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics.
 
@@ -4640,14 +4683,9 @@ def train(config, report=None):
     """
     started = time.perf_counter()
     device_mesh(config)  # are there as many devices?
-    check_alike("the Config", str(config))
-    with first_process_first():
-        shards, fetch_validation = list_shards(config)
-        announce_downloads(config, [*shards, fetch_validation])
-        for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
-            check_shard(fetch())
-        tokenizer = find_tokenizer(config, shards[0]())
-    check_alike("the tokenizer", str(tokenizer._mergeable_ranks))
+    check_alike(dataclasses.asdict(config))
+    shards, fetch_validation, tokenizer = first_process_first(lambda: find_data(config))
+    check_alike({"the tokenizers": tokenizer._mergeable_ranks})
     validation = in_background(lambda: check_shard(fetch_validation()))
     on_first(lambda: open_backup(config))
     run, checkpoint = open_run_together(config)

@@ -10,6 +10,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "64"  # XLA's threads: with as many as cores, devices that wait for each other's sums may take all
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

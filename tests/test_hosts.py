@@ -145,7 +145,7 @@ OPTIONS = dict(
 def start(folder, process=None, processes=2, devices=2, port=0, **changes):
     """A process of 02_train.py with the run folder `folder`/run; one of two if `process` says which."""
     options = [f"--{name}={value}" for name, value in (OPTIONS | changes).items()]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "NPROC": "64"}
     if process is not None:
         env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
         env |= {"JAX_PROCESS_ID": str(process)}
@@ -357,6 +357,6 @@ def test_parts_of_several_processes_make_one_checkpoint(nb, monkeypatch, tmp_pat
         time.sleep(0.1)
     for thread in threads:
         thread.join(20)
-    path = tmp_path / "checkpoints" / "step_00000007"
+    who.i, path = 0, tmp_path / "checkpoints" / "step_00000007"
     assert found == dict.fromkeys(range(3), path)
     assert set(nb.read_meta(path)["files"]) == set(names) == {Path(file).name for file in path.glob("state*")}

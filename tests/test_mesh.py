@@ -213,7 +213,7 @@ def test_the_whole_script_on_four_devices(tmp_path):
         "--n_head=1 --head_dim=64 --aspect_ratio=64 --seq_len=64 --device_batch_size=2 --eval_tokens=2000 "
         "--final_eval_tokens=4000 --eval_interval=4 --profile_start=2 --profile_steps=2 --log_interval=2"
     ).split()
-    env = {**os.environ, "HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    env = {**os.environ, "HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "NPROC": "64"}
 
     def script(devices, *more):
         done = subprocess.run(

@@ -415,10 +415,11 @@ def test_a_step_that_is_skipped_changes_nothing(nb, tmp_path, capsys):
 
 
 def test_clipping_against_optax(nb):
-    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax's chain."""
+    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax's chain. eps is
+    not small beside the gradients' rounding, which Adam would otherwise blow up to a full update on some CPUs."""
     for clip in (0.05, 1e9):
         config = nb.Config.demo().replace(**{**TINY, "grad_clip": clip, "compute_dtype": "float32", "weight_decay": 0.0,
-                                             "warmup_ratio": 0.0, "warmdown_ratio": 0.0})  # fmt: skip
+                                             "eps": 1e-4, "warmup_ratio": 0.0, "warmdown_ratio": 0.0})  # fmt: skip
         state = nb.init_train_state(config)
         tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 4096)
         batch = tokens[:, :-1], tokens[:, 1:]
@@ -436,7 +437,7 @@ def test_clipping_against_optax(nb):
             params = optax.apply_updates(params, updates)
         assert clipped == (5 if clip < 1 else 0)
         for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
+            np.testing.assert_allclose(a, b, atol=5e-6)
 
 
 # ---- what is left behind

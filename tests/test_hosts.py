@@ -266,6 +266,8 @@ def test_a_process_is_killed(tmp_path, victim):
     assert last.startswith("error: ended by SIGABRT, most likely since another host is gone")
     assert last.endswith("it goes on from the newest checkpoint, if there is one")
 
+    if victim == 0:
+        return  # going on is the same
     found = sorted((tmp_path / "run/checkpoints").glob("step_*/meta.json"))
     step = json.loads(found[-1].read_text())["step"]
     alone = resumed(tmp_path, tmp_path / "alone", step)

@@ -415,8 +415,8 @@ def test_a_step_that_is_skipped_changes_nothing(nb, tmp_path, capsys):
 
 
 def test_clipping_against_optax(nb):
-    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax's chain. eps is
-    not small beside the gradients' rounding, which Adam would otherwise blow up to a full update on some CPUs."""
+    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax's chain; eps is
+    not small beside the rounding of gradients, which Adam would otherwise blow up to a full update on some CPUs."""
     for clip in (0.05, 1e9):
         config = nb.Config.demo().replace(**{**TINY, "grad_clip": clip, "compute_dtype": "float32", "weight_decay": 0.0,
                                              "eps": 1e-4, "warmup_ratio": 0.0, "warmdown_ratio": 0.0})  # fmt: skip

@@ -415,7 +415,7 @@ def test_a_step_that_is_skipped_changes_nothing(nb, tmp_path, capsys):
 
 
 def test_clipping_against_optax(nb):
-    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax's chain; eps is
+    """The gradient scaled to its norm, or left as it is when it is shorter: 5 steps of AdamW beside optax; eps is
     not small beside the rounding of gradients, which Adam would otherwise blow up to a full update on some CPUs."""
     for clip in (0.05, 1e9):
         config = nb.Config.demo().replace(**{**TINY, "grad_clip": clip, "compute_dtype": "float32", "weight_decay": 0.0,

@@ -176,6 +176,14 @@ def in_background(function):
 
 
 # %% XLA on this machine tags=["shared"]
+def cpu_fact(name):
+    """What Linux says of this machine's first core, by a name of /proc/cpuinfo ('model name', 'flags'); else ''."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{name}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1]
+    return ""
+
+
 # XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
 # which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -511,8 +519,8 @@ class BaseConfig:
     @classmethod
     def for_device(cls):
         """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
-        if jax.default_backend() == "cpu":
-            return cls.demo()
+        if jax.default_backend() == "cpu":  # one without bfloat16 instructions converts each operand to float32
+            return cls.demo().replace(compute_dtype="bfloat16" if "_bf16" in cpu_fact("flags") else "float32")
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
@@ -2719,12 +2727,13 @@ class Checkpointer:
 
 
 # %% Run folder tags=["shared"]
-# These do not change what is learned, but for the last two, which may save a run: it may be resumed with other values.
+# These do not change what is learned, but for the last three: a run may go on where the CPU suits another dtype, and
+# grad_clip or nonfinite may save it.
 HOST_FIELDS = (
     "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
     "sample_interval", "save_interval", "profile_start", "profile_steps", "eval_tokens", "final_eval_tokens",
     "keep_checkpoints", "backup", "wandb_mode", "wandb_project", "mesh", "device_batch_size", "total_batch_size",
-    "grad_clip", "nonfinite",
+    "compute_dtype", "grad_clip", "nonfinite",
 )  # fmt: skip
 
 
@@ -3297,6 +3306,7 @@ def train(config, report=None):
     """
     started = time.perf_counter()
     device_mesh(config)  # are there as many devices?
+    describe_machine(config)
     check_alike(dataclasses.asdict(config))
     shards, fetch_validation, tokenizer = first_process_first(lambda: find_data(config))
     check_alike({"the tokenizers": tokenizer._mergeable_ranks})
@@ -3402,16 +3412,31 @@ def describe_params(counts):
     return f"{counts['total'] / 1e6:.1f}M parameters ({parts})"
 
 
-def describe_run(config, run, first):
-    """Prints the device, the model, the data and the folder of a run that begins at step `first`."""
-    kind, counts, steps = jax.devices()[0].device_kind, count_params(config), config.total_steps
+def describe_machine(config):
+    """Prints the versions and the device: every report of a fault begins with these two lines."""
+    device = jax.devices()[0]
+    versions = [f"jax {jax.__version__}", f"Python {platform.python_version()}"]
+    if device.platform == "tpu" and importlib.util.find_spec("libtpu"):
+        versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
+    elif cuda := re.search(r"cuda (\d+)", device.client.platform_version):  # 12080 is 12.8
+        versions.insert(1, f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}")
+    print(f"runs on {', '.join(versions)}")
+
+    kind, data, fsdp = device.device_kind, *config.mesh_shape
     peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
-    tokens = steps * config.tokens_per_step / 1e6
-    data, fsdp = config.mesh_shape
+    if device.platform == "cpu":
+        kind += f" ({cpu_fact('model name') or platform.machine()}, {os.cpu_count()} cores)"
     several = f"{config.devices} × " if config.devices > 1 else ""
-    print(f"device  {several}{kind}, peak {peak}" + (f" each; mesh: data {data}, fsdp {fsdp}" if several else ""))
+    mesh = f" each; mesh: data {data}, fsdp {fsdp}" if several else ""
+    print(f"device  {several}{kind}, {config.compute_dtype}, peak {peak}{mesh}", flush=True)
     if jax.process_count() > 1:
         print(f"hosts   {jax.process_count()}; the first one logs")
+
+
+def describe_run(config, run, first):
+    """Prints the model, the data and the folder of a run that begins at step `first`."""
+    counts, steps = count_params(config), config.total_steps
+    tokens = steps * config.tokens_per_step / 1e6
     print(f"model   {describe_params(counts)}")
     print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
     print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)

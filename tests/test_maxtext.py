@@ -156,12 +156,13 @@ def loss_and_grads(mt, config, params):
 @pytest.mark.parametrize("impl", ["einsum", "fused"])
 @pytest.mark.parametrize("changes", [dict(remat="minimal"), dict(remat="full"), dict(layers="scanned")])
 def test_what_is_remembered_changes_nothing(mt, changes, impl):
-    """The loss to the last bit but for scan, whose loop XLA compiles by itself; gradients to float32's rounding."""
+    """Loss and gradients to float32's rounding: XLA may fuse otherwise what is computed again (jax 0.7.2 does; 0.12
+    only in a scan)."""
     config = small_config(mt, attn_impl=impl)
     params = shaken(mt, config)
     want, want_grads = loss_and_grads(mt, config, params)
     have, have_grads = loss_and_grads(mt, config.replace(**changes), params)
-    assert have == want if "remat" in changes else abs(have - want) < 1e-6 * want
+    assert abs(have - want) < 1e-6 * want
     for a, b in zip(jax.tree.leaves(have_grads), jax.tree.leaves(want_grads), strict=True):
         assert a.dtype == b.dtype and differ(a, b) < 1e-5
 

@@ -251,7 +251,8 @@ def test_no_float64_even_where_it_is_allowed(nb):
     promotes bfloat16. With float64 enabled it leaves a trace."""
     config = small_config(nb, compute_dtype="bfloat16", total_batch_size=2 * 4 * 32)
     state, tokens = nb.init_train_state(config), batch(config)
-    with jax.enable_x64(True):
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
+    with enable_x64(True):
         traced = nb.train_step.trace(config, state, *tokens)
     wide = [
         str(equation)

@@ -176,9 +176,10 @@ def in_background(function):
 # Colab's jax is older than the newest. All that differs for us between 0.7.2 and today stands here, with the version
 # that ends the difference.
 #
-# Below 0.8.2, on a CPU with bfloat16 instructions, XLA hands bfloat16 matmuls with float32 results to XNNPACK, which
-# refuses them: "Unsupported element type for DotThunk". Newer versions need no flag.
-if jax.__version_info__ < (0, 8, 2):
+# Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
+# XNNPACK where there are such instructions, and XNNPACK refuses them: "Unsupported element type for DotThunk".
+CPU_USES_BFLOAT16 = jax.__version_info__ >= (0, 8, 2)
+if not CPU_USES_BFLOAT16:
     os.environ["XLA_FLAGS"] = f"--xla_cpu_use_xnnpack=false {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
@@ -192,6 +193,11 @@ def cpu_fact(name):
         if found := re.search(rf"^{name}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
             return found[1]
     return ""
+
+
+def cpu_dtype():
+    """The faster dtype of matmuls on this CPU. Without instructions for bfloat16 each operand is converted to float32."""
+    return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
 
 
 # XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
@@ -643,8 +649,8 @@ class BaseConfig:
     @classmethod
     def for_device(cls):
         """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
-        if jax.default_backend() == "cpu":  # one without bfloat16 instructions converts each operand to float32
-            return cls.demo().replace(compute_dtype="bfloat16" if "_bf16" in cpu_fact("flags") else "float32")
+        if jax.default_backend() == "cpu":
+            return cls.demo().replace(compute_dtype=cpu_dtype())
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)

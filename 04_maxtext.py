@@ -185,6 +185,11 @@ def cpu_fact(name):
     return ""
 
 
+def cpu_dtype():
+    """The faster dtype of matmuls on this CPU. Without instructions for bfloat16 each operand is converted to float32."""
+    return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
+
+
 # XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
 # which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -620,8 +625,8 @@ class BaseConfig:
     @classmethod
     def for_device(cls):
         """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
-        if jax.default_backend() == "cpu":  # one without bfloat16 instructions converts each operand to float32
-            return cls.demo().replace(compute_dtype="bfloat16" if "_bf16" in cpu_fact("flags") else "float32")
+        if jax.default_backend() == "cpu":
+            return cls.demo().replace(compute_dtype=cpu_dtype())
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)

@@ -159,13 +159,14 @@ def test_steps_and_batches(nb):
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype"),
-    [("fpu avx512f avx512_bf16", "bfloat16"), ("amx_bf16 amx_tile", "bfloat16"), ("fpu avx2 avx512f", "float32"),
-     ("", "float32")],
+    ("flags", "used", "dtype"),
+    [("fpu avx512f avx512_bf16", True, "bfloat16"), ("amx_bf16 amx_tile", True, "bfloat16"),
+     ("fpu avx512f avx512_bf16", False, "float32"), ("fpu avx2 avx512f", True, "float32"), ("", True, "float32")],
 )  # fmt: skip
-def test_demo_is_the_default_of_a_cpu(nb, monkeypatch, flags, dtype):
+def test_demo_is_the_default_of_a_cpu(nb, monkeypatch, flags, used, dtype):
     """In the dtype that its matmuls are fast in: without bfloat16 instructions each operand would be converted."""
     monkeypatch.setattr(nb, "cpu_fact", {"flags": flags}.get)
+    monkeypatch.setattr(nb, "CPU_USES_BFLOAT16", used)
     demo = nb.Config.demo()
     assert dataclasses.asdict(nb.Config.for_device()) == dataclasses.asdict(demo.replace(compute_dtype=dtype))
     assert demo.dataset == "embedded" and nb.count_params(demo)["total"] < 10_000_000

@@ -1,6 +1,6 @@
 """Colab's runtimes: their lists, the stand-in for google.colab, and tools/colab.py, which runs notebooks in them.
 
-The tests marked `colab` rebuild a runtime (a minute, and a gigabyte in ~/.cache/tpuchat/colab) and run a notebook in it:
+The test marked `colab` rebuilds a runtime (a minute, a gigabyte in ~/.cache/tpuchat/colab) and runs a notebook in it:
 
     pytest -m colab tests/test_colab.py
 """
@@ -159,6 +159,11 @@ def test_set_adds_a_cell_below_configure(name):
     config = "base" if name.startswith("03") else "config"
     assert notebook["cells"][place]["source"] == f"{config} = {config}.replace(**{{'seed': 1, 'run_dir': 'runs/x'}})"
     nbformat.validate(notebook)
+
+
+def test_set_needs_a_config():
+    with pytest.raises(colab.Wrong, match="--set seed=1: x.ipynb has no cell 'Configure'"):
+        colab.change(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), "x.ipynb", ["seed=1"])
 
 
 def test_set_fills_in_a_form():

@@ -112,11 +112,10 @@ def build(kind):
             # Colab's versions of these are not known here: the newest that the listed packages accept.
             subprocess.run([*pip, "-c", packages, *missing.splitlines()], check=True)
         except subprocess.CalledProcessError as error:
-            raise Wrong(
-                1, f"cannot build the runtime of {packages}: exit status {error.returncode}; see above"
-            ) from None
+            raise Wrong(1, f"cannot install {packages}: exit status {error.returncode}, see above") from None
         relocate(made, made, venv)
-        made.rename(venv)
+        if not venv.exists():  # someone else may have been faster
+            made.rename(venv)
     return venv
 
 
@@ -153,6 +152,10 @@ def title(cell):
     return cell["metadata"].get("title", "")
 
 
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
 def moment(times, state):
     return datetime.datetime.fromisoformat(times[f"iopub.status.{state}"]).timestamp()
 
@@ -175,10 +178,13 @@ def change(notebook, name, settings):
         for cell in cells:
             cell["source"] = form.sub(f"{field} = {value!r}".replace("\\", r"\\"), "".join(cell["source"]))
     if fields:
-        place = next(i for i, cell in enumerate(notebook["cells"]) if title(cell) == "Configure")
-        config = re.search(r"^ *(config|base) = ", "".join(notebook["cells"][place]["source"]), re.M)[1]
+        cells = [i for i, cell in enumerate(notebook["cells"]) if title(cell) == "Configure"]
+        place = cells[0] if cells else 0
+        config = re.search(r"^ *(config|base) = ", "".join(notebook["cells"][place]["source"]), re.M)
+        if not config:
+            raise Wrong(2, f"--set {' '.join(settings)}: {name} has no cell 'Configure' that makes a config or a base")
         cell = {"cell_type": "code", "id": "set", "execution_count": None, "metadata": {"title": "Set"}, "outputs": []}
-        notebook["cells"].insert(place + 1, cell | {"source": f"{config} = {config}.replace(**{fields!r})"})
+        notebook["cells"].insert(place + 1, cell | {"source": f"{config[1]} = {config[1]}.replace(**{fields!r})"})
 
 
 def run(kind, name, settings=(), out=None):
@@ -203,10 +209,9 @@ def run(kind, name, settings=(), out=None):
 
     started = [cell for cell in cells if "execution" in cell["metadata"]]
     errors = [(title(cell), output) for cell in started for output in cell["outputs"] if "ename" in output]
-    problems = [f"{where}: {error['ename']}: {error['evalue']}".strip().splitlines()[-1] for where, error in errors]
+    problems = [f"{where}: {last_line(error['ename'] + ': ' + error['evalue'])}" for where, error in errors]
     if done.returncode:  # the kernel died, or a cell did not end
-        last = title(started[-1]) if started else name
-        problems.append(f"{last}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        problems.append(f"{title(started[-1]) if started else name}: {last_line(done.stderr or 'killed')}")
     if replaced := sorted(package for package, number in before.items() if after.get(package) != number):
         problems.append(f"it replaced or removed {', '.join(replaced)}")
     times = [cell["metadata"]["execution"] for cell in started if title(cell) == "Install"]

@@ -50,7 +50,7 @@ import sys
 
 packages = (
     "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "xprof",
-    "matplotlib", "tqdm",
+    "matplotlib", "tqdm", "flatbuffers",
 )  # fmt: skip
 missing = [package for package in packages if importlib.util.find_spec(package) is None]
 if missing and "get_ipython" in globals():
@@ -70,6 +70,7 @@ import errno
 import functools
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -97,6 +98,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+OLDEST_JAX = (0, 7, 2)  # Colab's in August 2026; the suite runs with it
+if jax.__version_info__ < OLDEST_JAX:  # before the imports below, of which an old jax lacks some
+    needed = ".".join(map(str, OLDEST_JAX))
+    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; pip install --upgrade jax"
+    if "get_ipython" in globals():
+        raise ImportError(message)
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
 import jax.export
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +171,19 @@ def in_background(function):
     threading.Thread(target=run, name="background", daemon=True).start()
     return future
 
+
+# %% What an old jax needs tags=["shared"]
+# Colab's jax is older than the newest. All that differs for us between 0.7.2 and today stands here, with the version
+# that ends the difference.
+#
+# Below 0.8.2, on a CPU with bfloat16 instructions, XLA hands bfloat16 matmuls with float32 results to XNNPACK, which
+# refuses them: "Unsupported element type for DotThunk". Newer versions need no flag.
+if jax.__version_info__ < (0, 8, 2):
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_xnnpack=false {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
+# takes no such argument, and waits for five minutes.
+SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
 
 # %% XLA on this machine tags=["shared"]
 # XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
@@ -293,7 +317,7 @@ def join_hosts():
         if variable in os.environ
     }
     # A host that is done waits for the first one's last upload; one that has failed leaves at once.
-    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT, "shutdown_timeout_seconds": 24 * 3600}
+    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT} | SHUTDOWN_TIMEOUT
     print("hosts   waiting for the others, for five minutes", flush=True)
     try:
         jax.distributed.initialize(**given, **limits)
@@ -1930,12 +1954,14 @@ def fused_call(kernel, inputs, outputs, tables, window, scratch, interpret):
         return pl.BlockSpec((T, H), lambda b, k, i: (b, k))
 
     table = pl.BlockSpec((T, H), lambda b, k, i: (0, 0))
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, window=window, group=group), grid=(B, K, group), interpret=interpret,
         in_specs=[*map(spec, inputs), table, table], out_specs=[*map(spec, outputs)], out_shape=outputs,
         scratch_shapes=[pltpu.VMEM((T, H), dtype) for dtype in scratch], name=f"attention_{kernel.__name__}",
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-    )(*inputs, *tables)  # fmt: skip
+    )  # fmt: skip
+    with jax.named_scope(f"attention_{kernel.__name__}"):  # an old jax names the kernel by its scope, not by `name`
+        return call(*inputs, *tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -3634,12 +3660,16 @@ def on_topology(config, topology):
 COMPILER = """
 import json, pathlib, sys
 import jax
+import jax.export
 from jax.experimental import mesh_utils, topologies
 
 folder, topology, donated, shape = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 step = jax.export.deserialize((folder / "step").read_bytes())
 host = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
 devices = topologies.get_topology_desc(topology, "tpu", **host).devices
+small = jax.ShapeDtypeStruct((128, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+jax.jit(jax.lax.add).lower(small, small).compile()  # a libtpu that needs the chip to be there crashes here
+(folder / "works").touch()
 mesh = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # as arrange() does
 mesh = jax.sharding.Mesh(mesh, ("data", "fsdp"))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -3680,46 +3710,62 @@ class CompileError(RuntimeError):
 
 
 def require_compiler():
-    """InputError if the TPU's compiler cannot run on this machine. In a notebook, what is missing is installed."""
+    """InputError if the TPU's compiler cannot run on this machine."""
     system = f"{platform.system()} on {platform.machine()}"
     if system != "Linux on x86_64":
         raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
-    packages = {"libtpu": "jax[tpu]", "flatbuffers": "flatbuffers"}  # jax asks for the libtpu that it knows
-    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
-    if missing and not IN_NOTEBOOK:
-        raise InputError(f"preflight: the TPU's compiler is not installed: pip install {shlex.join(missing)}")
-    if missing:
-        print("installing", *missing)
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise InputError("preflight: jax.export needs a package that is not installed: pip install flatbuffers")
+
+
+def own_libtpu():
+    """The path of the libtpu that this jax asks for, in a folder of its own; downloaded once. The runtime stays as it
+    is: its own libtpu, if it has one, belongs to its chip. InputError if it cannot be had."""
+    needed = next(r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")).partition(";")[0].strip()
+    folder = cache_dir() / re.sub(r"[^\w.]+", "-", needed).strip(".-")
+    if not folder.exists():
+        print(f"getting {needed}, the TPU's compiler, into {folder}", flush=True)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", partial, needed]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise InputError(f"preflight: cannot get the TPU's compiler: {words}; try: pip install 'jax[tpu]'")
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(partial, folder)
+    return folder / "libtpu" / "libtpu.so"
+
+
+def run_compiler(folder, arguments, flags):
+    """Runs COMPILER with the installed libtpu and, where that compiles nothing without its chip, with our own: Colab's
+    TPU runtime has libtpu 0.0.21.1, which ends in a segmentation fault. Returns the finished process."""
+    environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
+    command = [sys.executable, "-c", COMPILER, folder, *arguments]
+    if importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in environment:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if (folder / "works").exists():
+            return done
+    environment["TPU_LIBRARY_PATH"] = str(own_libtpu())
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def compile_for(topology, step, args, donated=0, schedules=None, mesh=(1, 1)):
     """step(*args), args all arrays, Compiled for `topology` ('v6e', 'v6e:2x4', …), its chips in a mesh (data, fsdp) as
     the shardings of args say; the first `donated` args give their bytes to the first results, and their shardings.
 
-    `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time; none are written
-    where the chip is there. CompileError if the compiler refuses the step.
+    `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time. CompileError if the
+    compiler refuses the step.
     """
     chip, slice_ = parse_topology(topology)
-    if slice_ == (1, 1) and jax.devices()[0].device_kind == CHIPS[chip].kind:  # the real one
-        try:
-            compiled = jax.jit(step, donate_argnums=range(donated)).lower(*args).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise CompileError(str(error)) from error
-        memory = compiled.memory_analysis()
-        sizes = memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.alias_size_in_bytes
-        return Compiled(compiled.as_text(), *sizes)
-
     require_compiler()
     with tempfile.TemporaryDirectory() as folder:
         folder, name = Path(folder), f"{chip}:{slice_[0]}x{slice_[1]}"
         (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
-        command = [sys.executable, "-c", COMPILER, folder, name, str(donated), json.dumps(mesh)]
         flags = [COLLECTIVES_ASIDE] if slice_ != (1, 1) else []
         if schedules:
             flags += [f"--xla_jf_dump_to={schedules}", "--xla_jf_dump_llo_pass_label_regex=final_bundles"]
-        environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = run_compiler(folder, [name, str(donated), json.dumps(mesh)], flags)
         if (folder / "error").exists():
             raise CompileError((folder / "error").read_text())
         if done.returncode:
@@ -3971,7 +4017,7 @@ STEP_SECONDS = 0.5e-6  # the least that a step of the grid takes: from published
 def splash_seconds(op, chip, windows):
     """Seconds of one splash kernel, or None if `op` is another kernel."""
     blocks = {name: int(size) for name, size in re.findall(r'\\"(block_\w+)\\": (\d+)', op.rest)}
-    kernel = next((kind for kind in ("dkv", "dq", "fwd") if f"splash_mha_{kind}" in op.name), None)
+    kernel = next((kind for kind in ("dkv", "dq", "fwd") if f"splash_mha_{kind}" in op.name + op.scope), None)
     operands = re.findall(r"(\w+)\[([\d,]+)\]", op.rest.partition("operand_layout_constraints={")[2])
     if not (kernel and blocks and operands):
         return None
@@ -4020,7 +4066,7 @@ def branches(schedule):
         for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
             ends.setdefault(region, i)
     for i, (depth, text) in enumerate(schedule):
-        branch = re.search(r"sbr\.rel \([^)]*\) target = \$region(\d+)", text)
+        branch = re.search(r"sbr\.rel \([^)]*\) target (?:= \$region|bundleno = .*?region = )(\d+)", text)
         if branch and depth and ends.get(branch[1], 0) > i + 20:
             found.append((i + 1, ends[branch[1]] - i))
     return found
@@ -4036,9 +4082,7 @@ def program_cycles(schedule, group):
 
 def attention_seconds(config, chip):
     """{(kernel, window): seconds} of fused attention in one layer, from the schedules of its kernels, compiled alone.
-
-    Empty where the model uses another kernel, and on a real TPU, which is better asked by running.
-    """
+    Empty where the model uses another kernel."""
     T, H = config.seq_len, config.head_dim
     if config.attn_impl not in ("auto", "fused") or not fits_vmem(T, H):
         return {}
@@ -4148,7 +4192,7 @@ def component(op):
         and "tpu_custom_call" in op.rest
         and re.search("splash|attention", op.name + op.scope)
     ):
-        return "attention kernel", "backward" if re.search("dkv|dq|bwd|backward", op.name) else direction
+        return "attention kernel", "backward" if re.search("dkv|dq|bwd|backward", op.name + op.scope) else direction
     scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
     found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
     names = {"lm_head": "head and loss", "loss": "head and loss", "attn": "attention", "embed": "embedding"}
@@ -4167,7 +4211,7 @@ def op_seconds(op, chip):
 
 def kernel_seconds(op, chip, windows, ours):
     """Seconds of a Pallas kernel, or None if it is not known; `ours` as by attention_seconds."""
-    if kernel := re.match(r"attention_\w+?_kernel", op.name):
+    if kernel := re.search(r"attention_\w+?_kernel", f"{op.name} {op.scope}"):
         layer = re.search(r"layer_(\d+)", op.scope)
         window = windows[int(layer[1])] if layer else max(windows)
         return max(ours[kernel[0], window], op_seconds(op, chip)) if (kernel[0], window) in ours else None

@@ -104,7 +104,7 @@ def test_where_the_compiler_cannot_run(nb, monkeypatch):
         patch.setattr(nb.platform, "system", lambda: "Linux")
         patch.setattr(nb.platform, "machine", lambda: "x86_64")
         patch.setattr(nb.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(nb.InputError, match="not installed: pip install 'jax.tpu.' flatbuffers"):
+        with pytest.raises(nb.InputError, match="not installed: pip install flatbuffers"):
             nb.require_compiler()
 
 
@@ -112,7 +112,8 @@ def test_a_compiler_that_crashes_takes_nothing_with_it(nb, monkeypatch, capsys):
     """libtpu 0.0.52 has aborted on a real Config; a training session in the same process must outlive that."""
     words = "F1123 10:16:27.628217   28182 fusion_util.cc:5409] Check failed: window.pad_low[old_dim] == 0"
     monkeypatch.setattr(nb, "require_compiler", lambda: None)
-    monkeypatch.setattr(nb, "COMPILER", f"import os, sys; print({words!r}, file=sys.stderr, flush=True); os.abort()")
+    crash = f"import os, sys; open(sys.argv[1] + '/works', 'w'); print({words!r}, file=sys.stderr, flush=True); os.abort()"
+    monkeypatch.setattr(nb, "COMPILER", crash)
     report = nb.preflight(nb.Config.demo(), "v6e")
     assert not report["fits"] and report["device_batch_size"] is None
     assert "the compiler itself crashed" in report["reason"] and "Check failed: window.pad_low" in report["reason"]

@@ -7,7 +7,9 @@ The test marked `colab` rebuilds a runtime (a minute, a gigabyte in ~/.cache/tpu
 
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -287,3 +289,34 @@ def test_02_train_runs_in_the_runtime_of_the_tpu(tmp_path, capsys):
     cells = json.loads((tmp_path / "out" / "tpu" / "02_train" / "02_train.ipynb").read_text())["cells"]
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
     assert (tmp_path / "out" / "tpu" / "02_train" / "02_train.html").stat().st_size > 100_000
+
+
+@pytest.mark.colab
+def test_preflight_is_the_newest_compilers_in_the_runtime_of_the_tpu(tmp_path):
+    """The runtime's libtpu 0.0.21.1 crashes without its chip, so preflight gets jax 0.7.2's own, beside the runtime. Then
+    the reference with two layers has the same kernels, all counted, and a time and a peak within 5% of what this jax and
+    its libtpu say. jax.export writes the Mosaic version that a chip would get."""
+    try:
+        venv = colab.build("tpu")
+    except colab.Wrong as wrong:
+        pytest.skip(wrong.args[1])
+    shutil.copy(colab.ROOT / "02_train.py", tmp_path)
+    copy, environment = colab.prepare(tmp_path, venv)
+    pip = [copy / "bin" / "python", "-m", "pip", "install", "--quiet", "tiktoken", "flatbuffers"]
+    subprocess.run(pip, env=environment, check=True)  # of what the first cell installs; preflight needs no more
+    before = colab.packages_of(copy)
+
+    def preflight(python, **settings):
+        command = [python, "02_train.py", "--preflight", "v6e", "--aspect_ratio", "512"]
+        done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "NOT counted" not in done.stdout
+        kernel = re.search(r"attention kernel +([\d.]+) +([\d.]+)", done.stdout)
+        found = re.search(r"memory  ([\d.]+) GiB", done.stdout)[1], re.search(r"time    ([\d.]+) ms", done.stdout)[1]
+        return done.stdout, [float(number) for number in (*found, *kernel.groups())]
+
+    said, have = preflight(copy / "bin" / "python", **environment)
+    assert "getting libtpu==0.0.23, the TPU's compiler, into " in said
+    assert colab.packages_of(copy) == before
+    _, want = preflight(sys.executable, **os.environ)
+    assert have == pytest.approx(want, rel=0.05)

@@ -562,11 +562,11 @@ class Config(BaseConfig):
 
     @classmethod
     def demo(cls):
-        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
+        """A few million parameters on the embedded corpus: under five minutes on two slow CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            learning_rate=4e-3, num_iterations=800, dataset="embedded", num_shards=-1, run_dir="runs/demo",
-            log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
+            learning_rate=4e-3, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/demo",
+            log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
 
@@ -3345,7 +3345,7 @@ def train(config, report=None):
         log.times["start"] = time.perf_counter() - started
         for step in range(first, total):
             if traced and step == traced.start:
-                with log.paused(state, "tracing"):
+                with log.paused(state, "tracing"), without_tensorflow():
                     trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 place = loader.position
@@ -3362,7 +3362,7 @@ def train(config, report=None):
             log.train_step(step, metrics, describe_batch(place, loader.position), loader.wait_seconds)
             saver.check()
             if traced and step == traced[-1]:
-                with log.paused(state, "tracing"):
+                with log.paused(state, "tracing"), without_tensorflow():
                     trace.close()
 
             done, last, evaluated = step + 1, step + 1 == total, {}
@@ -3533,7 +3533,7 @@ def base_config():
     config = Config.for_device()
     if jax.default_backend() == "cpu":
         return config.replace(
-            n_head=8, head_dim=16, aspect_ratio=32, num_iterations=200, eval_tokens=16_384, final_eval_tokens=65_536,
+            n_head=8, head_dim=16, aspect_ratio=32, num_iterations=120, eval_tokens=16_384, final_eval_tokens=65_536,
             run_dir="runs/sweep-demo", profile_steps=0,
         )  # fmt: skip
     return config.replace(

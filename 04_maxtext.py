@@ -714,11 +714,11 @@ class Config(BaseConfig):
 
     @classmethod
     def demo(cls):
-        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
+        """A few million parameters on the embedded corpus: under five minutes on two slow CPU cores."""
         return cls(
             n_embd=256, n_layer=2, mlp_dim=768, n_head=1, n_kv_head=1, vocab_size=4096, seq_len=256,
-            device_batch_size=8, learning_rate=2e-3, num_iterations=800, dataset="embedded", num_shards=-1,
-            run_dir="runs/maxtext-demo", log_interval=5, eval_interval=100, sample_interval=200, save_interval=200,
+            device_batch_size=8, learning_rate=2e-3, num_iterations=500, dataset="embedded", num_shards=-1,
+            run_dir="runs/maxtext-demo", log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
 
@@ -4677,7 +4677,7 @@ def train(config, report=None):
         log.times["start"] = time.perf_counter() - started
         for step in range(first, total):
             if traced and step == traced.start:
-                with log.paused(state, "tracing"):
+                with log.paused(state, "tracing"), without_tensorflow():
                     trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 place = loader.position
@@ -4694,7 +4694,7 @@ def train(config, report=None):
             log.train_step(step, metrics, describe_batch(place, loader.position), loader.wait_seconds)
             saver.check()
             if traced and step == traced[-1]:
-                with log.paused(state, "tracing"):
+                with log.paused(state, "tracing"), without_tensorflow():
                     trace.close()
 
             done, last, evaluated = step + 1, step + 1 == total, {}
@@ -4959,9 +4959,10 @@ except InputError as error:  # it was not traced
 
 # %% TensorBoard tags=["run"]
 if "google.colab" in sys.modules:
-    from tensorboard import notebook
+    with without_tensorflow():
+        from tensorboard import notebook
 
-    notebook.start(f"--logdir {summary['run_dir']}")
+        notebook.start(f"--logdir {summary['run_dir']}")
 else:
     print(f"tensorboard --logdir {summary['run_dir']}")
 

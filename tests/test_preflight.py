@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,6 +119,34 @@ def test_a_compiler_that_crashes_takes_nothing_with_it(nb, monkeypatch, capsys):
     assert not report["fits"] and report["device_batch_size"] is None
     assert "the compiler itself crashed" in report["reason"] and "Check failed: window.pad_low" in report["reason"]
     assert report["reason"] in capsys.readouterr().out
+
+
+def test_a_libtpu_that_needs_its_chip_is_not_the_last_word(nb, monkeypatch, tmp_path):
+    """Colab's TPU runtime: the small program ends in a segmentation fault, and the compiler that jax asks for is taken."""
+    compiler = """import os, pathlib, sys
+if "TPU_LIBRARY_PATH" not in os.environ:
+    os.abort()
+pathlib.Path(sys.argv[1], "works").touch()
+print(os.environ["TPU_LIBRARY_PATH"], *sys.argv[2:])"""
+    monkeypatch.setattr(nb, "COMPILER", compiler)
+    monkeypatch.setattr(nb, "own_libtpu", lambda: Path("ours/libtpu.so"))
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(nb.importlib.util, "find_spec", lambda name: name == "libtpu")
+    done = nb.run_compiler(tmp_path, ["v6e:1x1", "3"], [])
+    assert (done.returncode, done.stdout) == (0, "ours/libtpu.so v6e:1x1 3\n")
+
+
+def test_a_compiler_that_cannot_be_had_is_one_line(nb, monkeypatch, tmp_path):
+    """Nothing of it is left behind, so that the next try begins anew."""
+    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(nb.InputError, match=r"preflight: cannot get the TPU's compiler: .*libtpu.*try: pip install"):
+        nb.own_libtpu()
+    assert not list(tmp_path.iterdir())
 
 
 def test_chips_from_the_command_line(nb):

@@ -5,11 +5,14 @@ import gzip
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import nbclient
 import nbformat
 import numpy as np
@@ -53,6 +56,32 @@ def test_as_a_script_from_another_folder(tmp_path):
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert abs(losses[0] / math.log(4096) - 1) < 0.01  # a head that starts near zero guesses uniformly
     assert losses[-1] < losses[0]
+
+
+def test_the_first_lines_name_the_versions_and_the_device(tmp_path):
+    """And nothing imports tensorflow, which Colab has: neither TensorBoard's writer nor the profiler."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("import os; os._exit(9)")
+    found = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "02_train.py", "--run_dir=run", *(f"--{k}={v}" for k, v in TINY.items())]
+    done = subprocess.run(command, cwd=tmp_path, env=found, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"runs on jax {jax.__version__}, Python {platform.python_version()}"
+    assert re.fullmatch(r"device  cpu \(.+, \d+ cores\), (bfloat16|float32), peak n/a", lines[1])
+    assert list(tmp_path.glob("run/profile/plugins/profile/*/*.xplane.pb")) and "tensorflow" not in done.stderr
+
+
+@pytest.mark.parametrize("notebook", ["02_train.py", "03_worker.py", "04_maxtext.py"])
+def test_a_jax_that_is_too_old_is_refused_in_a_line(notebook, tmp_path):
+    (tmp_path / "jax.py").write_text("__version__, __version_info__ = '0.6.2', (0, 6, 2)")
+    done = subprocess.run(
+        [sys.executable, ROOT / notebook], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == (
+        "error: jax 0.6.2 is too old: tpuchat needs 0.7.2 or newer; pip install --upgrade jax\n"
+    )
 
 
 def test_the_run_folder_holds_what_it_should(finished):

@@ -38,16 +38,33 @@
 # The install cell adds only what the runtime lacks. `HF_TOKEN`, as a Colab secret or an environment variable, raises
 # the Hub's rate limits and allows the upload.
 
-# %% Install tags=["run"]
+# %% Install what is missing tags=["shared"]
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import tempfile
 
-packages = ("numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "matplotlib", "tqdm")
-missing = [package for package in packages if importlib.util.find_spec(package) is None]
-if missing and "get_ipython" in globals():
+
+def install(*packages):
+    """In a notebook, installs those of the packages that the runtime lacks. All versions that are here are constraints
+    for pip, so that nothing is replaced: newer needs would else bring a newer grpcio or urllib3."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if not missing or "get_ipython" not in globals():
+        return
     print("installing", *missing)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
+    here = {}
+    for package in importlib.metadata.distributions():
+        here.setdefault(package.name, package.version)  # of two versions, the first in the path is the one in use
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items() if name))
+        constraints.flush()
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
+        subprocess.run(command, check=True)
+
+
+# %% Install tags=["run"]
+install("numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "matplotlib", "tqdm")
 
 # %% Imports
 import argparse

@@ -47,19 +47,36 @@
 #
 # As in `02_train.py`: only what the runtime lacks is installed, and no account is needed.
 
-# %% Install tags=["run"]
+# %% Install what is missing tags=["shared"]
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import tempfile
 
-packages = (
+
+def install(*packages):
+    """In a notebook, installs those of the packages that the runtime lacks. All versions that are here are constraints
+    for pip, so that nothing is replaced: newer needs would else bring a newer grpcio or urllib3."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if not missing or "get_ipython" not in globals():
+        return
+    print("installing", *missing)
+    here = {}
+    for package in importlib.metadata.distributions():
+        here.setdefault(package.name, package.version)  # of two versions, the first in the path is the one in use
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items() if name))
+        constraints.flush()
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
+        subprocess.run(command, check=True)
+
+
+# %% Install tags=["run"]
+install(
     "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "xprof",
     "matplotlib", "tqdm", "flatbuffers",
 )  # fmt: skip
-missing = [package for package in packages if importlib.util.find_spec(package) is None]
-if missing and "get_ipython" in globals():
-    print("installing", *missing)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %% Imports tags=["shared"]
 import argparse
@@ -174,6 +191,48 @@ def in_background(function):
 
     threading.Thread(target=run, name="background", daemon=True).start()
     return future
+
+
+# %% What an old jax needs tags=["shared"]
+# Colab's jax is older than the newest. All that differs for us between 0.7.2 and today stands here, with the version
+# that ends the difference.
+#
+# Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
+# XNNPACK where there are such instructions, and XNNPACK refuses them: "Unsupported element type for DotThunk".
+CPU_USES_BFLOAT16 = jax.__version_info__ >= (0, 8, 2)
+if not CPU_USES_BFLOAT16:
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_xnnpack=false {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
+# takes no such argument, and waits for five minutes.
+SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
+
+
+# %% Without tensorflow tags=["shared"]
+# TensorBoard, XProf's plugin and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's
+# CPU and GPU runtimes: for nothing that we use, 2 s and 400 MB a process. Where it is not, the profiler complains in red.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
+
+
+@contextlib.contextmanager
+def without_tensorflow():
+    """Nothing in this context, nor in a process that it starts, loads tensorflow. One that is loaded already stays."""
+    names = ("tensorflow", "tensorflow.python.profiler.trace")
+    stubs = {} if "tensorflow" in sys.modules else {name: types.ModuleType(name) for name in names}
+    folder, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
+    with contextlib.suppress(OSError):  # a home that cannot be written to
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
+    os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{path or ''}"
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
 
 
 # %% XLA on this machine tags=["shared"]

@@ -206,23 +206,41 @@ if not CPU_USES_BFLOAT16:
 # takes no such argument, and waits for five minutes.
 SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
 
+# %% Beside the runtime tags=["shared"]
+def install_aside(package, *options):
+    """Returns the folder in ~/.cache/tpuchat into which pip has put `package`, for a process of its own. The runtime
+    stays as it is. InputError if pip fails."""
+    name = re.sub(r"[^\w.]+", "-", package).strip(".-")  # libtpu==0.0.42.* → libtpu-0.0.42
+    folder = cache_dir() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    if not folder.exists():
+        print(f"installing {package} into {folder}, beside the runtime", flush=True)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"cannot install {package}: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(partial, folder)
+    return folder
 
-# %% Without tensorflow tags=["shared"]
+
 # TensorBoard, XProf's plugin and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's
-# CPU and GPU runtimes: for nothing that we use, 2 s and 400 MB a process. Where it is not, the profiler complains in red.
+# CPU and GPU runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
 
 
 @contextlib.contextmanager
-def without_tensorflow():
-    """Nothing in this context, nor in a process that it starts, loads tensorflow. One that is loaded already stays."""
+def without_tensorflow(*folders):
+    """Nothing in this context loads tensorflow, nor does a process that it starts, which finds `folders` first in its
+    path. A tensorflow that is loaded already stays."""
     names = ("tensorflow", "tensorflow.python.profiler.trace")
     stubs = {} if "tensorflow" in sys.modules else {name: types.ModuleType(name) for name in names}
-    folder, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
+    stub, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
     with contextlib.suppress(OSError):  # a home that cannot be written to
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
-    os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{path or ''}"
+        stub.mkdir(parents=True, exist_ok=True)
+        (stub / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [stub, *folders, path])))
     sys.modules.update(stubs)
     try:
         yield

@@ -74,7 +74,7 @@ def install(*packages):
 
 # %% Install tags=["run"]
 install(
-    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "xprof",
+    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard",
     "matplotlib", "tqdm", "flatbuffers",
 )  # fmt: skip
 
@@ -207,23 +207,41 @@ if not CPU_USES_BFLOAT16:
 # takes no such argument, and waits for five minutes.
 SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
 
+# %% Beside the runtime tags=["shared"]
+def install_aside(package, *options):
+    """Returns the folder in ~/.cache/tpuchat into which pip has put `package`, for a process of its own. The runtime
+    stays as it is. InputError if pip fails."""
+    name = re.sub(r"[^\w.]+", "-", package).strip(".-")  # libtpu==0.0.42.* → libtpu-0.0.42
+    folder = cache_dir() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    if not folder.exists():
+        print(f"installing {package} into {folder}, beside the runtime", flush=True)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"cannot install {package}: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(partial, folder)
+    return folder
 
-# %% Without tensorflow tags=["shared"]
+
 # TensorBoard, XProf's plugin and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's
-# CPU and GPU runtimes: for nothing that we use, 2 s and 400 MB a process. Where it is not, the profiler complains in red.
+# CPU and GPU runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
 
 
 @contextlib.contextmanager
-def without_tensorflow():
-    """Nothing in this context, nor in a process that it starts, loads tensorflow. One that is loaded already stays."""
+def without_tensorflow(*folders):
+    """Nothing in this context loads tensorflow, nor does a process that it starts, which finds `folders` first in its
+    path. A tensorflow that is loaded already stays."""
     names = ("tensorflow", "tensorflow.python.profiler.trace")
     stubs = {} if "tensorflow" in sys.modules else {name: types.ModuleType(name) for name in names}
-    folder, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
+    stub, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
     with contextlib.suppress(OSError):  # a home that cannot be written to
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
-    os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{path or ''}"
+        stub.mkdir(parents=True, exist_ok=True)
+        (stub / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [stub, *folders, path])))
     sys.modules.update(stubs)
     try:
         yield
@@ -3705,22 +3723,9 @@ def require_compiler():
 
 
 def own_libtpu():
-    """The path of the libtpu that this jax asks for, in a folder of its own; downloaded once. The runtime stays as it
-    is: its own libtpu, if it has one, belongs to its chip. InputError if it cannot be had."""
+    """The path of the libtpu that this jax asks for, beside the runtime, whose own belongs to its chip."""
     needed = next(r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")).partition(";")[0].strip()
-    folder = cache_dir() / re.sub(r"[^\w.]+", "-", needed).strip(".-")
-    if not folder.exists():
-        print(f"getting {needed}, the TPU's compiler, into {folder}", flush=True)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", partial, needed]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise InputError(f"preflight: cannot get the TPU's compiler: {words}; try: pip install 'jax[tpu]'")
-        with contextlib.suppress(OSError):  # another process was faster
-            os.replace(partial, folder)
-    return folder / "libtpu" / "libtpu.so"
+    return install_aside(needed, "--no-deps") / "libtpu" / "libtpu.so"
 
 
 def run_compiler(folder, arguments, flags):
@@ -4517,6 +4522,23 @@ def scaling_option(argv):
     return found, rest
 
 
+# %% Show TensorBoard tags=["shared"]
+def show_tensorboard(run):
+    """Opens TensorBoard with XProf's plugin below the cell in Colab; elsewhere prints the command that starts it."""
+    if "google.colab" not in sys.modules:
+        print(f"tensorboard --logdir {shlex.quote(str(run))}")
+        return
+    from tensorboard import notebook
+
+    try:
+        folders = [install_aside("xprof")]
+    except InputError as error:
+        print(f"{error}; the trace will not be shown")
+        folders = []
+    with without_tensorflow(*folders):
+        notebook.start(f"--logdir {shlex.quote(str(run))}")
+
+
 # %% [markdown]
 # ## Train
 
@@ -5007,7 +5029,7 @@ except InputError as error:  # it was not traced
 
 # %% [markdown]
 # TensorBoard shows the curves, the norms of each part, the samples and the Config; under *Profile* lies the trace. Its
-# plugin is the package `xprof`, which the first cell of this notebook installs; Colab's own TensorBoard lacks it.
+# plugin is the package `xprof`. It needs a newer protobuf than Colab's, so in Colab it is installed beside the runtime.
 #
 # How to read it: choose *Trace Viewer*, zoom with W and S, move with A and D. In a **good** trace the rows of the
 # device are full from edge to edge, one step joins the next without a gap, and on the host the row of `train` steps
@@ -5017,13 +5039,7 @@ except InputError as error:  # it was not traced
 # row.
 
 # %% TensorBoard tags=["run"]
-if "google.colab" in sys.modules:
-    with without_tensorflow():
-        from tensorboard import notebook
-
-        notebook.start(f"--logdir {summary['run_dir']}")
-else:
-    print(f"tensorboard --logdir {summary['run_dir']}")
+show_tensorboard(summary["run_dir"])
 
 # %% [markdown]
 # ## Give the machine back

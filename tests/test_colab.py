@@ -316,7 +316,7 @@ def test_preflight_is_the_newest_compilers_in_the_runtime_of_the_tpu(tmp_path):
         return done.stdout, [float(number) for number in (*found, *kernel.groups())]
 
     said, have = preflight(copy / "bin" / "python", **environment)
-    assert "getting libtpu==0.0.23, the TPU's compiler, into " in said
+    assert "installing libtpu==0.0.23 into " in said
     assert colab.packages_of(copy) == before
     _, want = preflight(sys.executable, **os.environ)
     assert have == pytest.approx(want, rel=0.05)

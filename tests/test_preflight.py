@@ -144,7 +144,7 @@ def test_a_compiler_that_cannot_be_had_is_one_line(nb, monkeypatch, tmp_path):
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    with pytest.raises(nb.InputError, match=r"preflight: cannot get the TPU's compiler: .*libtpu.*try: pip install"):
+    with pytest.raises(nb.InputError, match=r"cannot install libtpu==[\d.*]+: .*libtpu"):
         nb.own_libtpu()
     assert not list(tmp_path.iterdir())
 

@@ -41,23 +41,27 @@
 # %% Install what is missing tags=["shared"]
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 
 
 def install(*packages):
-    """In a notebook, installs those of the packages that the runtime lacks. All versions that are here are constraints
-    for pip, so that nothing is replaced: newer needs would else bring a newer grpcio or urllib3."""
+    """In a notebook, installs those of the packages that the runtime lacks. A constraints file pins every installed
+    version, so that pip replaces none."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing or "get_ipython" not in globals():
         return
     print("installing", *missing)
     here = {}
     for package in importlib.metadata.distributions():
-        here.setdefault(package.name, package.version)  # of two versions, the first in the path is the one in use
+        name, version = package.name, package.version
+        # pip refuses versions such as Debian's own 2.22.1ubuntu1.
+        if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
+            here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # of two, the first in the path is in use
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items() if name))
+        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
         subprocess.run(command, check=True)

@@ -43,23 +43,27 @@
 # %% Install what is missing tags=["shared"]
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 
 
 def install(*packages):
-    """In a notebook, installs those of the packages that the runtime lacks. All versions that are here are constraints
-    for pip, so that nothing is replaced: newer needs would else bring a newer grpcio or urllib3."""
+    """In a notebook, installs those of the packages that the runtime lacks. A constraints file pins every installed
+    version, so that pip replaces none."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing or "get_ipython" not in globals():
         return
     print("installing", *missing)
     here = {}
     for package in importlib.metadata.distributions():
-        here.setdefault(package.name, package.version)  # of two versions, the first in the path is the one in use
+        name, version = package.name, package.version
+        # pip refuses versions such as Debian's own 2.22.1ubuntu1.
+        if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
+            here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # of two, the first in the path is in use
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items() if name))
+        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
         subprocess.run(command, check=True)
@@ -84,6 +88,7 @@ import errno
 import functools
 import hashlib
 import html
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import itertools
@@ -116,7 +121,8 @@ import jax
 OLDEST_JAX = (0, 7, 2)  # Colab's in August 2026; the suite runs with it
 if jax.__version_info__ < OLDEST_JAX:  # before the imports below, of which an old jax lacks some
     needed = ".".join(map(str, OLDEST_JAX))
-    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; pip install --upgrade jax"
+    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; "
+    message += "pip install --upgrade 'jax[tpu]', on a GPU 'jax[cuda13]', on a CPU jax"
     if "get_ipython" in globals():
         raise ImportError(message)
     print(f"error: {message}", file=sys.stderr)
@@ -193,18 +199,21 @@ def in_background(function):
 
 
 # %% What an old jax needs tags=["shared"]
-# Colab's jax is older than the newest. All that differs for us between 0.7.2 and today stands here, with the version
-# that ends the difference.
+# Colab's jax is older than the newest. What an old one needs from us is decided here, with the version that ends it.
 #
 # Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
 # XNNPACK where there are such instructions, and XNNPACK refuses them: "Unsupported element type for DotThunk".
 CPU_USES_BFLOAT16 = jax.__version_info__ >= (0, 8, 2)
-if not CPU_USES_BFLOAT16:
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_xnnpack=false {os.environ.get('XLA_FLAGS', '')}".strip()
+NO_XNNPACK, XLA_FLAGS = "--xla_cpu_use_xnnpack=false", os.environ.get("XLA_FLAGS", "")
+if not CPU_USES_BFLOAT16 and NO_XNNPACK not in XLA_FLAGS and XLA_FLAGS[:1] in ("", "-"):  # it may name a file of flags
+    os.environ["XLA_FLAGS"] = f"{NO_XNNPACK} {XLA_FLAGS}".strip()
 
 # How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
 # takes no such argument, and waits for five minutes.
 SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
+
+# The libtpu of jax 0.7.2 does not know this flag, and ends the process; that of 0.10 does.
+SCATTER_ASIDE = ("enable_sparse_core_collective_offload_nd_reduce_scatter",) if jax.__version_info__ >= (0, 10) else ()
 
 # %% Beside the runtime tags=["shared"]
 def install_aside(package, *options):
@@ -212,44 +221,43 @@ def install_aside(package, *options):
     stays as it is. InputError if pip fails."""
     name = re.sub(r"[^\w.]+", "-", package).strip(".-")  # libtpu==0.0.42.* → libtpu-0.0.42
     folder = cache_dir() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
-    if not folder.exists():
-        print(f"installing {package} into {folder}, beside the runtime", flush=True)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
-        done = subprocess.run(command, capture_output=True, text=True)
+    if folder.exists():
+        return folder
+    print(f"installing {package} into {folder}, beside the runtime", flush=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
+    try:
+        done = subprocess.run(command, env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True)
         if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"cannot install {package}: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
-        with contextlib.suppress(OSError):  # another process was faster
+            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise InputError(f"cannot install {package} ({words}); check the network: pip download {package!r}")
+        try:
             os.replace(partial, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-# TensorBoard, XProf's plugin and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's
-# CPU and GPU runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
+# TensorBoard and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's CPU and GPU
+# runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
 
 
 @contextlib.contextmanager
-def without_tensorflow(*folders):
-    """Nothing in this context loads tensorflow, nor does a process that it starts, which finds `folders` first in its
-    path. A tensorflow that is loaded already stays."""
-    names = ("tensorflow", "tensorflow.python.profiler.trace")
-    stubs = {} if "tensorflow" in sys.modules else {name: types.ModuleType(name) for name in names}
-    stub, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
-    with contextlib.suppress(OSError):  # a home that cannot be written to
-        stub.mkdir(parents=True, exist_ok=True)
-        (stub / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [stub, *folders, path])))
-    sys.modules.update(stubs)
+def without_tensorflow():
+    """In this context the profiler finds an empty tensorflow, unless one is loaded already."""
+    names = () if "tensorflow" in sys.modules else ("tensorflow", "tensorflow.python.profiler.trace")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec in other threads reads it
     try:
         yield
     finally:
-        for name in stubs:
-            del sys.modules[name]
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 # %% XLA on this machine tags=["shared"]
@@ -262,7 +270,7 @@ def cpu_fact(name):
 
 
 def cpu_dtype():
-    """The faster dtype of matmuls on this CPU. Without instructions for bfloat16 each operand is converted to float32."""
+    """The faster dtype of matmuls on this CPU. Without bfloat16 instructions each operand is converted to float32."""
     return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
 
 
@@ -294,8 +302,7 @@ COLLECTIVES_ASIDE = " ".join(
     f"--xla_tpu_{flag}=true"
     for flag in (
         "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
-        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
-        "prefer_async_allgather_to_allreduce",
+        "enable_sparse_core_collective_offload_all_reduce", *SCATTER_ASIDE, "prefer_async_allgather_to_allreduce",
     )
 )  # fmt: skip
 
@@ -3498,8 +3505,9 @@ def describe_machine(config):
     """Prints the versions and the device: every report of a fault begins with these two lines."""
     device = jax.devices()[0]
     versions = [f"jax {jax.__version__}", f"Python {platform.python_version()}"]
-    if device.platform == "tpu" and importlib.util.find_spec("libtpu"):
-        versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
+    if device.platform == "tpu":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
     elif cuda := re.search(r"cuda (\d+)", device.client.platform_version):  # 12080 is 12.8
         versions.insert(1, f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}")
     print(f"runs on {', '.join(versions)}")

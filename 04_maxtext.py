@@ -50,23 +50,27 @@
 # %% Install what is missing tags=["shared"]
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 
 
 def install(*packages):
-    """In a notebook, installs those of the packages that the runtime lacks. All versions that are here are constraints
-    for pip, so that nothing is replaced: newer needs would else bring a newer grpcio or urllib3."""
+    """In a notebook, installs those of the packages that the runtime lacks. A constraints file pins every installed
+    version, so that pip replaces none."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing or "get_ipython" not in globals():
         return
     print("installing", *missing)
     here = {}
     for package in importlib.metadata.distributions():
-        here.setdefault(package.name, package.version)  # of two versions, the first in the path is the one in use
+        name, version = package.name, package.version
+        # pip refuses versions such as Debian's own 2.22.1ubuntu1.
+        if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
+            here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # of two, the first in the path is in use
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items() if name))
+        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
         subprocess.run(command, check=True)
@@ -91,6 +95,7 @@ import errno
 import functools
 import hashlib
 import html
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import itertools
@@ -123,7 +128,8 @@ import jax
 OLDEST_JAX = (0, 7, 2)  # Colab's in August 2026; the suite runs with it
 if jax.__version_info__ < OLDEST_JAX:  # before the imports below, of which an old jax lacks some
     needed = ".".join(map(str, OLDEST_JAX))
-    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; pip install --upgrade jax"
+    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; "
+    message += "pip install --upgrade 'jax[tpu]', on a GPU 'jax[cuda13]', on a CPU jax"
     if "get_ipython" in globals():
         raise ImportError(message)
     print(f"error: {message}", file=sys.stderr)
@@ -194,18 +200,21 @@ def in_background(function):
 
 
 # %% What an old jax needs tags=["shared"]
-# Colab's jax is older than the newest. All that differs for us between 0.7.2 and today stands here, with the version
-# that ends the difference.
+# Colab's jax is older than the newest. What an old one needs from us is decided here, with the version that ends it.
 #
 # Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
 # XNNPACK where there are such instructions, and XNNPACK refuses them: "Unsupported element type for DotThunk".
 CPU_USES_BFLOAT16 = jax.__version_info__ >= (0, 8, 2)
-if not CPU_USES_BFLOAT16:
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_xnnpack=false {os.environ.get('XLA_FLAGS', '')}".strip()
+NO_XNNPACK, XLA_FLAGS = "--xla_cpu_use_xnnpack=false", os.environ.get("XLA_FLAGS", "")
+if not CPU_USES_BFLOAT16 and NO_XNNPACK not in XLA_FLAGS and XLA_FLAGS[:1] in ("", "-"):  # it may name a file of flags
+    os.environ["XLA_FLAGS"] = f"{NO_XNNPACK} {XLA_FLAGS}".strip()
 
 # How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
 # takes no such argument, and waits for five minutes.
 SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
+
+# The libtpu of jax 0.7.2 does not know this flag, and ends the process; that of 0.10 does.
+SCATTER_ASIDE = ("enable_sparse_core_collective_offload_nd_reduce_scatter",) if jax.__version_info__ >= (0, 10) else ()
 
 # %% Beside the runtime tags=["shared"]
 def install_aside(package, *options):
@@ -213,44 +222,43 @@ def install_aside(package, *options):
     stays as it is. InputError if pip fails."""
     name = re.sub(r"[^\w.]+", "-", package).strip(".-")  # libtpu==0.0.42.* → libtpu-0.0.42
     folder = cache_dir() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
-    if not folder.exists():
-        print(f"installing {package} into {folder}, beside the runtime", flush=True)
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
-        done = subprocess.run(command, capture_output=True, text=True)
+    if folder.exists():
+        return folder
+    print(f"installing {package} into {folder}, beside the runtime", flush=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
+    try:
+        done = subprocess.run(command, env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True)
         if done.returncode:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(f"cannot install {package}: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
-        with contextlib.suppress(OSError):  # another process was faster
+            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise InputError(f"cannot install {package} ({words}); check the network: pip download {package!r}")
+        try:
             os.replace(partial, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-# TensorBoard, XProf's plugin and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's
-# CPU and GPU runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
+# TensorBoard and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's CPU and GPU
+# runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
 
 
 @contextlib.contextmanager
-def without_tensorflow(*folders):
-    """Nothing in this context loads tensorflow, nor does a process that it starts, which finds `folders` first in its
-    path. A tensorflow that is loaded already stays."""
-    names = ("tensorflow", "tensorflow.python.profiler.trace")
-    stubs = {} if "tensorflow" in sys.modules else {name: types.ModuleType(name) for name in names}
-    stub, path = cache_dir() / "no_tensorflow", os.environ.get("PYTHONPATH")
-    with contextlib.suppress(OSError):  # a home that cannot be written to
-        stub.mkdir(parents=True, exist_ok=True)
-        (stub / "tensorflow.py").write_text("raise ImportError('tpuchat leaves tensorflow out')\n")
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, [stub, *folders, path])))
-    sys.modules.update(stubs)
+def without_tensorflow():
+    """In this context the profiler finds an empty tensorflow, unless one is loaded already."""
+    names = () if "tensorflow" in sys.modules else ("tensorflow", "tensorflow.python.profiler.trace")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec in other threads reads it
     try:
         yield
     finally:
-        for name in stubs:
-            del sys.modules[name]
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 # %% XLA on this machine tags=["shared"]
@@ -263,7 +271,7 @@ def cpu_fact(name):
 
 
 def cpu_dtype():
-    """The faster dtype of matmuls on this CPU. Without instructions for bfloat16 each operand is converted to float32."""
+    """The faster dtype of matmuls on this CPU. Without bfloat16 instructions each operand is converted to float32."""
     return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
 
 
@@ -295,8 +303,7 @@ COLLECTIVES_ASIDE = " ".join(
     f"--xla_tpu_{flag}=true"
     for flag in (
         "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
-        "enable_sparse_core_collective_offload_all_reduce", "enable_sparse_core_collective_offload_nd_reduce_scatter",
-        "prefer_async_allgather_to_allreduce",
+        "enable_sparse_core_collective_offload_all_reduce", *SCATTER_ASIDE, "prefer_async_allgather_to_allreduce",
     )
 )  # fmt: skip
 
@@ -357,6 +364,12 @@ def watch_over():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
     status = child.wait()
+    if status == 1:  # below jax 0.8 a lost host is no signal
+        print(
+            "error: ended with exit status 1, see above; if another host is gone, start the same command on all hosts: "
+            "it goes on from the newest checkpoint, if there is one",
+            file=sys.stderr,
+        )  # fmt: skip
     if status >= 0:
         return status
     name, again = signal.Signals(-status).name, "it goes on from the newest checkpoint, if there is one"
@@ -3723,20 +3736,23 @@ def require_compiler():
 
 
 def own_libtpu():
-    """The path of the libtpu that this jax asks for, beside the runtime, whose own belongs to its chip."""
-    needed = next(r for r in importlib.metadata.requires("jax") if r.startswith("libtpu")).partition(";")[0].strip()
-    return install_aside(needed, "--no-deps") / "libtpu" / "libtpu.so"
+    """Returns the path of the libtpu that this jax asks for, beside the runtime. InputError if it cannot be had."""
+    needed = [name for name in importlib.metadata.requires("jax") or () if name.startswith("libtpu")]
+    if not needed:
+        raise InputError("preflight: this jax does not name its libtpu; set TPU_LIBRARY_PATH to a libtpu.so")
+    return install_aside(needed[0].partition(";")[0].strip(), "--no-deps") / "libtpu" / "libtpu.so"
 
 
 def run_compiler(folder, arguments, flags):
-    """Runs COMPILER with the installed libtpu and, where that compiles nothing without its chip, with our own: Colab's
-    TPU runtime has libtpu 0.0.21.1, which ends in a segmentation fault. Returns the finished process."""
+    """Runs COMPILER with the installed libtpu and, if that one compiles nothing, with own_libtpu. Colab's TPU runtime
+    has libtpu 0.0.21.1, which crashes unless its chip is there. Returns the finished process."""
     environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
     command = [sys.executable, "-c", COMPILER, folder, *arguments]
     if importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in environment:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "works").exists():
             return done
+        print(f"the installed libtpu does not compile without its chip (exit status {done.returncode})", flush=True)
     environment["TPU_LIBRARY_PATH"] = str(own_libtpu())
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -3786,6 +3802,10 @@ def reason(error):
     if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
         need, available = float(hbm[1]) * unit[hbm[2]] / 2**30, float(hbm[3]) * unit[hbm[4]] / 2**30
         return f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB", need * 2**30
+    if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", text):  # libtpu 0.0.23
+        need, available = (int(size) / 2**30 for size in one.groups())
+        words = f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB, or more"
+        return words, need * 2**30
     if vmem := re.search(r"vmem.*?%(\S+) = .*?size ([\d.]+\w) and limit ([\d.]+\w)", text, re.S):
         return f"over VMEM in the kernel {vmem[1]}: {vmem[2]} of {vmem[3]}; try a smaller splash_block_size", None
     return " ".join(line for line in text.splitlines() if line.strip())[:300], None
@@ -4523,20 +4543,33 @@ def scaling_option(argv):
 
 
 # %% Show TensorBoard tags=["shared"]
+# The server is a process of its own. To it tensorflow is as if it were not installed, and xprof's folder comes first.
+TENSORBOARD = """#!{python}
+import sys
+sys.path[:0] = {folders}
+sys.modules["tensorflow"] = None
+from tensorboard.main import run_main
+sys.exit(run_main())
+"""
+
+
 def show_tensorboard(run):
     """Opens TensorBoard with XProf's plugin below the cell in Colab; elsewhere prints the command that starts it."""
     if "google.colab" not in sys.modules:
-        print(f"tensorboard --logdir {shlex.quote(str(run))}")
+        print(f"tensorboard --logdir {shlex.quote(str(run))}    # its Profile tab: pip install xprof")
         return
     from tensorboard import notebook
 
     try:
-        folders = [install_aside("xprof")]
-    except InputError as error:
-        print(f"{error}; the trace will not be shown")
+        folders = [str(install_aside("xprof"))]
+    except (InputError, OSError) as error:
+        print(f"{error}; TensorBoard will not show the trace")
         folders = []
-    with without_tensorflow(*folders):
-        notebook.start(f"--logdir {shlex.quote(str(run))}")
+    binary = cache_dir() / "tensorboard"
+    binary.write_text(TENSORBOARD.format(python=sys.executable, folders=folders))
+    binary.chmod(0o755)
+    os.environ["TENSORBOARD_BINARY"] = str(binary)
+    notebook.start(f"--logdir {shlex.quote(str(run))}")
 
 
 # %% [markdown]
@@ -4834,8 +4867,9 @@ def describe_machine(config):
     """Prints the versions and the device: every report of a fault begins with these two lines."""
     device = jax.devices()[0]
     versions = [f"jax {jax.__version__}", f"Python {platform.python_version()}"]
-    if device.platform == "tpu" and importlib.util.find_spec("libtpu"):
-        versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
+    if device.platform == "tpu":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
     elif cuda := re.search(r"cuda (\d+)", device.client.platform_version):  # 12080 is 12.8
         versions.insert(1, f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}")
     print(f"runs on {', '.join(versions)}")

@@ -293,9 +293,9 @@ def test_02_train_runs_in_the_runtime_of_the_tpu(tmp_path, capsys):
 
 @pytest.mark.colab
 def test_preflight_is_the_newest_compilers_in_the_runtime_of_the_tpu(tmp_path):
-    """The runtime's libtpu 0.0.21.1 crashes without its chip, so preflight gets jax 0.7.2's own, beside the runtime. Then
-    the reference with two layers has the same kernels, all counted, and a time and a peak within 5% of what this jax and
-    its libtpu say. jax.export writes the Mosaic version that a chip would get."""
+    """The runtime's libtpu 0.0.21.1 crashes without its chip, so preflight gets jax 0.7.2's own, beside the runtime.
+    Then the reference with two layers has the same kernels, all counted, and a time and a peak within 5% of what this
+    jax and its libtpu say. jax.export writes the Mosaic version that a chip would get."""
     try:
         venv = colab.build("tpu")
     except colab.Wrong as wrong:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
     n_head=1, head_dim=32, aspect_ratio=32, seq_len=32, device_batch_size=2, num_iterations=12, log_interval=2,
     eval_interval=4, save_interval=3, sample_interval=6, eval_tokens=1024, final_eval_tokens=1024, profile_steps=0,
+    compute_dtype="bfloat16",  # a script's default is the CPU's
 )  # fmt: skip
 TIMED = {"tokens_per_second", "mfu", "data_wait_seconds"}
 

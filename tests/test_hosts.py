@@ -198,7 +198,8 @@ def two(tmp_path_factory):
 def test_one_process_logs(two):
     """The other prints nothing, and the run folder looks as if there were one."""
     out = said(two)
-    assert re.search(r"device  4 × cpu \(.*, \d+ cores\), \w+, peak n/a each; mesh: data 2, fsdp 2", out) and "hosts   2; the first one logs" in out
+    assert re.search(r"device  4 × cpu \(.*, \d+ cores\), \w+, peak n/a each; mesh: data 2, fsdp 2", out)
+    assert "hosts   2; the first one logs" in out
     assert not any(
         word in said(two, process=1) for word in ("device", "model", "step", "loss")
     )  # gloo speaks, of ranks
@@ -261,10 +262,10 @@ def test_a_process_is_killed(tmp_path, victim):
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     other = processes[1 - victim]
-    assert other.wait(100) == 128 + signal.SIGABRT
+    assert other.wait(100) in (128 + signal.SIGABRT, 1)  # 1 with jax 0.7.2
     assert time.monotonic() - killed < 60
     last = said(tmp_path, "err", 1 - victim).splitlines()[-1]
-    assert last.startswith("error: ended by SIGABRT, most likely since another host is gone")
+    assert re.match("error: ended .*another host is gone", last)
     assert last.endswith("it goes on from the newest checkpoint, if there is one")
 
     if victim == 0:

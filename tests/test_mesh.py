@@ -224,7 +224,8 @@ def test_the_whole_script_on_four_devices(tmp_path):
         return done.stdout
 
     out = script(4, "--mesh=2,2", "--num_iterations=6")
-    assert re.search(r"device  4 × cpu \(.*, \d+ cores\), \w+, peak n/a each; mesh: data 2, fsdp 2", out) and "work    6 steps × 512 tokens" in out
+    assert re.search(r"device  4 × cpu \(.*, \d+ cores\), \w+, peak n/a each; mesh: data 2, fsdp 2", out)
+    assert "work    6 steps × 512 tokens" in out
     assert "traced steps" in out and "least surprising" in out and "tok/s; the first call compiles" in out
     parts = sorted(path.name for path in (tmp_path / "run/checkpoints/step_00000006").iterdir())
     assert parts == ["meta.json", "metrics.jsonl", *(f"state-0000{i}-of-00002.safetensors" for i in range(2))]

@@ -56,7 +56,7 @@ def test_what_does_not_fit(tmp_path):
     done = script(tmp_path, "--preflight=v5e", *SMALL, "--device_batch_size=65536")
     assert done.returncode == 1, done.stdout + done.stderr
     need, have = map(float, re.search(r"out of HBM by .*: needs ([\d.]+) of ([\d.]+) GiB", done.stdout).groups())
-    assert have == 15.75 < need
+    assert 15.75 <= have <= 16 and have < need  # libtpu 0.0.23 compares one buffer with all memory
     tried = re.findall(r"device_batch_size=(\d+) … (\w+)", done.stdout)
     assert len(tried) <= 4
     fits = max(int(size) for size, answer in tried if answer == "fits")
@@ -144,7 +144,7 @@ def test_a_compiler_that_cannot_be_had_is_one_line(nb, monkeypatch, tmp_path):
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    with pytest.raises(nb.InputError, match=r"cannot install libtpu==[\d.*]+: .*libtpu"):
+    with pytest.raises(nb.InputError, match=r"cannot install libtpu==[\d.*]+ \(.*\); check the network"):
         nb.own_libtpu()
     assert not list(tmp_path.iterdir())
 
@@ -319,14 +319,16 @@ def test_seconds_of_splash(nb, ops):
     small = op._replace(rest=op.rest.replace("1024", "128").replace("s8[1,2,2]", "s8[1,16,9]"))
     want = 8 * (16 * 9 * 0.5e-6 + 0.5 * 2048 / clock)  # 233 + 220 cycles are less than the least time of a step
     assert math.isclose(nb.splash_seconds(small, "v6e", [2048, 1024]), want)
-    assert nb.splash_seconds(ops["kernel"], "v6e", [2048]) is None
+    by_scope = nb.splash_seconds(ops["kernel"], "v6e", [2048, 2048])  # whatever its name, its scope says what it is
+    assert math.isclose(by_scope, nb.splash_seconds(op, "v6e", [2048, 2048]))
+    assert nb.splash_seconds(ops["kernel"]._replace(scope="layer_01/attn"), "v6e", [2048, 2048]) is None
 
 
 def test_a_kernel_that_cannot_be_counted_is_named(nb):
-    parts, unknown = nb.estimate(PROGRAM, "v6e", [2048, 1024])
+    parts, unknown = nb.estimate(PROGRAM.replace("splash_mha_fwd", "attention"), "v6e", [2048, 1024])
     assert unknown == ["kernel"]
     assert ("attention kernel", "forward") in parts and all(seconds >= 0 for seconds in parts.values())
-    parts, unknown = nb.estimate(PROGRAM.replace("%kernel", "%splash_mha_fwd_residuals.1"), "v6e", [2048, 1024])
+    parts, unknown = nb.estimate(PROGRAM, "v6e", [2048, 1024])
     assert unknown == []
 
 

@@ -75,12 +75,12 @@ def test_the_first_lines_name_the_versions_and_the_device(tmp_path):
 @pytest.mark.parametrize("notebook", ["02_train.py", "03_worker.py", "04_maxtext.py"])
 def test_a_jax_that_is_too_old_is_refused_in_a_line(notebook, tmp_path):
     (tmp_path / "jax.py").write_text("__version__, __version_info__ = '0.6.2', (0, 6, 2)")
-    done = subprocess.run(
-        [sys.executable, ROOT / notebook], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    found, command = os.environ | {"PYTHONPATH": str(tmp_path)}, [sys.executable, ROOT / notebook]
+    done = subprocess.run(command, env=found, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr == (
-        "error: jax 0.6.2 is too old: tpuchat needs 0.7.2 or newer; pip install --upgrade jax\n"
+        "error: jax 0.6.2 is too old: tpuchat needs 0.7.2 or newer; pip install --upgrade 'jax[tpu]', on a GPU "
+        "'jax[cuda13]', on a CPU jax\n"
     )
 
 

@@ -3799,10 +3799,11 @@ def reason(error):
     """(one sentence that says why a program does not compile, bytes of HBM that it would have taken or None)."""
     text = str(error)
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    if hbm := re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text):
+    total = re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text)
+    if hbm := total or re.search(r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm", text):  # the second: libtpu 0.0.23
         need, available = float(hbm[1]) * unit[hbm[2]] / 2**30, float(hbm[3]) * unit[hbm[4]] / 2**30
         return f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB", need * 2**30
-    if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", text):  # libtpu 0.0.23
+    if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", text):  # it, too
         need, available = (int(size) / 2**30 for size in one.groups())
         words = f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB, or more"
         return words, need * 2**30

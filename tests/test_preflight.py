@@ -381,6 +381,12 @@ def test_reasons(nb):
     )
     assert nb.reason(hbm) == ("out of HBM by 16.13 GiB: needs 31.88 of 15.75 GiB", 31.88 * 2**30)
     other = RuntimeError("INTERNAL: Mosaic failed\n\n  to compile")
+    for words in (  # libtpu 0.0.23: one buffer that is larger than all memory, and a program that is
+        "RESOURCE_EXHAUSTED: Allocation (size=34359738368) would exceed memory (size=17179869184) :: #allocation310",
+        "Ran out of memory in memory space hbm. Used 32.00G of 16.00G hbm. Exceeded hbm capacity by 16.00G.",
+    ):
+        why, needed = nb.reason(words)
+        assert why.startswith("out of HBM by 16.00 GiB: needs 32.00 of 16.00 GiB") and needed == 2**35
     assert nb.reason(other) == ("INTERNAL: Mosaic failed   to compile", None)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+import types
 from pathlib import Path
 
 import jupytext
@@ -447,3 +448,25 @@ def test_ci_runs_the_command_of_the_readme():
     assert first == f"{command} || exit"
     assert second == "pytest -m colab -rs tests/test_colab.py"
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_install_pins_what_is_there(monkeypatch):
+    """By canonical names, the first version in the path; what pip would not read is left out."""
+    nb = load(ROOT / "02_train.py")
+    there = [("typing_extensions", "4.16.0"), ("typing-extensions", "4.1.1"), ("torch", "2.9.0+cpu"), ("a", None)]
+    there += [("devscripts", "2.22.1ubuntu1"), (None, "1.0"), ("black", "24.1a1.dev3"), ("x", "1.0.post1")]
+    found = []
+
+    def run(command, check):
+        found.append((Path(command[command.index("--constraint") + 1]).read_text(), command[-2:]))
+
+    monkeypatch.setattr(nb.importlib.util, "find_spec", lambda name: None)
+    distributions = [types.SimpleNamespace(name=name, version=version) for name, version in there]
+    monkeypatch.setattr(nb.importlib.metadata, "distributions", lambda: distributions)
+    monkeypatch.setattr(nb.subprocess, "run", run)
+    nb.install("one", "two")
+    assert not found  # a script installs nothing
+    monkeypatch.setattr(nb, "get_ipython", None, raising=False)
+    nb.install("one", "two")
+    pins = "typing-extensions==4.16.0\ntorch==2.9.0+cpu\nblack==24.1a1.dev3\nx==1.0.post1\n"
+    assert found == [(pins, ["one", "two"])]

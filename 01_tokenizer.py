@@ -91,6 +91,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,7 @@ from tqdm import tqdm
 # %% Environment tags=["shared"]
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
+warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
 
 
 class InputError(ValueError):
@@ -123,6 +125,11 @@ def get_secret(name):
 def someone_watches():
     """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
     return IN_NOTEBOOK or sys.stderr.isatty()
+
+
+def bar_file():
+    """Where a progress bar is written to: a notebook shows what comes on stderr in red."""
+    return sys.stdout if IN_NOTEBOOK else sys.stderr
 
 
 def cache_dir():
@@ -404,7 +411,8 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     check_vocab_size(vocab_size)
     merges = vocab_size - len(SPECIAL_TOKENS)
     bar = tqdm(
-        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, disable=not someone_watches(), leave=False
+        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, leave=False,
+        disable=not someone_watches(), file=bar_file(),
     )
 
     def stream():
@@ -840,7 +848,8 @@ def check_everything(tokenizer, validation):
     started = time.perf_counter()
     documents = (text for _, text in read_documents(validation))
     total = pq.read_metadata(validation).num_rows
-    documents = tqdm(documents, "validation", total, unit=" docs", disable=not someone_watches(), leave=False)
+    watched = {"disable": not someone_watches(), "leave": False, "file": bar_file()}
+    documents = tqdm(documents, "validation", total, unit=" docs", **watched)
     n_bytes, n_tokens = check_round_trip(tokenizer, documents)
     seconds = time.perf_counter() - started
     print(

@@ -146,6 +146,7 @@ from tqdm import tqdm
 # %% Environment tags=["shared"]
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
+warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
 
 
 class InputError(ValueError):
@@ -167,6 +168,11 @@ def get_secret(name):
 def someone_watches():
     """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
     return IN_NOTEBOOK or sys.stderr.isatty()
+
+
+def bar_file():
+    """Where a progress bar is written to: a notebook shows what comes on stderr in red."""
+    return sys.stdout if IN_NOTEBOOK else sys.stderr
 
 
 def cache_dir():
@@ -1039,7 +1045,8 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     check_vocab_size(vocab_size)
     merges = vocab_size - len(SPECIAL_TOKENS)
     bar = tqdm(
-        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, disable=not someone_watches(), leave=False
+        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, leave=False,
+        disable=not someone_watches(), file=bar_file(),
     )
 
     def stream():
@@ -3528,7 +3535,8 @@ class RunLog:
         self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
         self.due = 0  # how many of them are to be read the next time
         self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
-        self.draws = IN_NOTEBOOK and report is None  # of many runs, a search makes its own picture
+        self.alone = report is None  # a search draws and prints for all of its runs
+        self.draws = IN_NOTEBOOK and self.alone
         self.line = self.picture = None  # what a notebook shows, and writes over
         self.shown = self.drawn = time.perf_counter()
         self.drawing = 0.1  # seconds that the curve takes
@@ -3648,7 +3656,8 @@ class RunLog:
 
     def validation(self, result):
         self.write(self.done, val_loss=result["loss"], val_bpb=result["bpb"])
-        self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
+        if self.alone:
+            self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
 
     def samples(self, texts):
         if not is_first():
@@ -3663,7 +3672,8 @@ class RunLog:
 
             paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
             self.wandb.log({"step": self.done, "samples": wandb.Html(paragraphs, inject=False)})
-        self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
+        if self.alone:
+            self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
 
     def close(self):
         self.bar.close()
@@ -4843,7 +4853,8 @@ def train(config, report=None):
     """
     started = time.perf_counter()
     device_mesh(config)  # are there as many devices?
-    describe_machine(config)
+    if report is None:  # else a search has said it once
+        describe_machine(config)
     check_alike(dataclasses.asdict(config))
     shards, fetch_validation, tokenizer = first_process_first(lambda: find_data(config))
     check_alike({"the tokenizers": tokenizer._mergeable_ranks})

@@ -3629,7 +3629,7 @@ def base_config():
     config = Config.for_device()
     if jax.default_backend() == "cpu":
         return config.replace(
-            n_head=8, head_dim=16, aspect_ratio=32, num_iterations=120, eval_tokens=16_384, final_eval_tokens=65_536,
+            n_head=8, head_dim=16, aspect_ratio=32, num_iterations=60, eval_tokens=4096, final_eval_tokens=16_384,
             run_dir="runs/sweep-demo", profile_steps=0,
         )  # fmt: skip
     return config.replace(
@@ -3919,7 +3919,7 @@ SWEEP_ID = ""  # @param {type:"string"}
 PROJECT = "tpuchat"  # @param {type:"string"}
 ENTITY = ""  # @param {type:"string"}
 RUNS = 40  # @param {type:"integer"}
-LOCAL_TRIALS = 6  # @param {type:"integer"}
+LOCAL_TRIALS = 4  # @param {type:"integer"}
 
 with one_line_errors():
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -176,7 +176,8 @@ def test_the_notebook_in_a_kernel(tmp_path, monkeypatch):
     notebook = jupytext.read(ROOT / "03_worker.ipynb")
     (cell,) = (cell for cell in notebook.cells if "base = parse_args(rest, base_config()" in cell.source)
     small = dict(TINY, num_iterations=20, run_dir=str(tmp_path / "sweep"), dataset=str(ROOT / "data" / "embedded"))
-    cell.source = cell.source.replace("base_config()", f"base_config().replace(**{small!r})").replace("TRIALS = 4", "TRIALS = 2")
+    cell.source = cell.source.replace("base_config()", f"base_config().replace(**{small!r})")
+    cell.source = cell.source.replace("TRIALS = 4", "TRIALS = 2")
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

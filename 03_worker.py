@@ -652,7 +652,7 @@ class Config(BaseConfig):
 
     @classmethod
     def demo(cls):
-        """A few million parameters on the embedded corpus: under five minutes on two slow CPU cores."""
+        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
             learning_rate=4e-3, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/demo",

@@ -370,7 +370,7 @@ def watch_over():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
     status = child.wait()
-    if status == 1:  # below jax 0.8 a lost host is no signal
+    if status == 1:  # jax 0.7.2 exits when a host is lost, 0.10 aborts
         print(
             "error: ended with exit status 1, see above; if another host is gone, start the same command on all hosts: "
             "it goes on from the newest checkpoint, if there is one",
@@ -810,7 +810,7 @@ class Config(BaseConfig):
 
     @classmethod
     def demo(cls):
-        """A few million parameters on the embedded corpus: under five minutes on two slow CPU cores."""
+        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_embd=256, n_layer=2, mlp_dim=768, n_head=1, n_kv_head=1, vocab_size=4096, seq_len=256,
             device_batch_size=8, learning_rate=2e-3, num_iterations=500, dataset="embedded", num_shards=-1,
@@ -3762,7 +3762,8 @@ def run_compiler(folder, arguments, flags):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "works").exists():
             return done
-        print(f"the installed libtpu does not compile without its chip (exit status {done.returncode})", flush=True)
+        words = (done.stderr.strip().splitlines() or ["no word"])[-1][:100]
+        print(f"the installed libtpu compiles nothing here (exit status {done.returncode}: {words})", flush=True)
     environment["TPU_LIBRARY_PATH"] = str(own_libtpu())
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

@@ -150,7 +150,6 @@ def test_the_summary(nb, finished, capsys):
     assert {"steps", "start", "compiling", "evaluation", "samples", "saving", "tracing", "drawing"} == set(times)
     assert all(seconds > 0 for seconds in times.values())
     assert sum(times.values()) == pytest.approx(summary["seconds"])
-    assert times["steps"] > 16 * 256 / summary["tokens_per_second"]  # 4 of the 20 come before the first reading
 
 
 def test_loss_by_position(nb, finished, tokenizer, tmp_path):

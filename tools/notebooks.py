@@ -1,22 +1,31 @@
-"""Notebook tooling: read, load as a module, stamp shared cells, build the .ipynb, check for drift.
+"""Notebook tooling: load a notebook as a module, stamp the shared cells, build the .ipynb files, check for drift.
 
-A notebook is a jupytext percent script, `NN_name.py` in the root folder: the source of truth. From it come
+A notebook is a jupytext percent script, `NN_name.py` in the root folder. The .py is the source of truth:
 
-  - a module for the tests: `load("02_train.py")` executes exactly the code cells not tagged `run`;
-  - `NN_name.ipynb`, committed so that Colab can open it: `./update_notebooks.sh` writes it, always the same bytes.
+  - `load("02_train.py")` executes the code cells that are not tagged `run`, and returns a module, for the tests;
+  - `./update_notebooks.sh` writes `NN_name.ipynb`, which is committed so that Colab can open it. A rebuild is
+    byte-identical.
 
-`./update_notebooks.sh` also keeps two things equal that cannot be imported, because a notebook is one file:
+`./update_notebooks.sh` also keeps two things equal in files that cannot import each other:
 
-  - shared cells: `# %% Attention tags=["shared"]` belongs to the lowest-numbered notebook with a shared cell of that
-    title; its source and tags are copied into the others;
-  - the repository's own address, set once in pyproject.toml, `[tool.tpuchat] github = "owner/repo"`. An address is
-    ours where a Colab link ends in one of our notebooks, or a notebook says `GITHUB = "owner/repo"`. Those, and every
-    link to github.com or raw.githubusercontent.com with the same owner/repo as one of them, are rewritten in the
-    notebooks and the *.md files of the root folder. All other links are left alone.
+  - Shared cells. `# %% Attention tags=["shared"]` belongs to the lowest-numbered notebook with a shared cell of that
+    title. The tool copies its source and tags into the other notebooks, where the cell is collapsed.
+  - The repository's address, `[tool.tpuchat] github = "owner/repo"` in pyproject.toml. The tool finds our addresses by
+    their use: in a Colab link to one of our notebooks, or in `GITHUB = "owner/repo"`. It rewrites these, and links to
+    the same owner/repo on github.com and raw.githubusercontent.com, in the notebooks and the *.md files of the root
+    folder. All other links stay.
 
-`--check` changes nothing, names each file that would change, and exits 1. A mistake in a notebook exits 2.
+A collapsed cell has a marker with `cellView="form"`, which Colab reads, and begins with its title as a comment:
 
-A notebook edited in Colab or Jupyter comes back with `jupytext --to py:percent 02_train.ipynb`, before the next
+    # %% Attention cellView="form" tags=["shared"]
+    # @title Attention
+
+In the .ipynb it gets `jupyter.source_hidden`, too, for JupyterLab.
+
+`--check` changes nothing: it names each file that would change, and exits with status 1. A mistake in a notebook is
+one line on stderr and status 2.
+
+After editing a notebook in Colab or Jupyter, run `jupytext --to py:percent 02_train.ipynb` before
 `./update_notebooks.sh`, which overwrites the .ipynb.
 """
 
@@ -38,8 +47,10 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"run", "shared"}
-METADATA = {"title", "tags", "lines_to_next_cell", "cell_marker"}  # the last two are how jupytext keeps blank lines
+METADATA = {"title", "tags", "cellView", "lines_to_next_cell", "cell_marker"}  # the last two keep blank lines
+CELL_FILTER = "title,tags,cellView,-all"
 MARKER = re.compile(r"^(?=# %%(?: |$))", re.M)  # where a cell starts
+TAGS_FIRST = re.compile(r'^(# %% .*?)( tags=\[[^\]\n]*\])( cellView="form")$', re.M)
 
 
 class NotebookError(ValueError):
@@ -55,17 +66,24 @@ def tags(cell):
 
 
 def first_difference(have, want):
-    """(line number, line of `have`, line of `want`) where two different texts part."""
+    """Returns (line number, line of `have`, line of `want`) of the first line that differs."""
     lines = itertools.zip_longest(have.split("\n"), want.split("\n"), fillvalue="<end of file>")
     return next((i, a, b) for i, (a, b) in enumerate(lines, 1) if a != b)
 
 
 def parse(name, text):
-    """The text of a .py notebook -> (notebook node, text above the first cell, [(cell, its line number, its text)])."""
+    """Returns (notebook node, text above the first cell, [(cell, its line number, its text)]) of a .py notebook.
+
+    The text is in jupytext's order of metadata, cellView before tags. Raises NotebookError for an author's mistake.
+    """
+    text = TAGS_FIRST.sub(r"\1\3\2", text)
     nb = jupytext.reads(text, fmt="py:percent")
     if nb.metadata.get("jupytext", {}).get("comment_magics") is not False:
         raise NotebookError(f"{name}: the header must say comment_magics: false, or '# cat x' becomes a shell command")
     head, *texts = MARKER.split(text)
+    # Not from nb.metadata: reading a cell, jupytext adds its unknown keys to the filter.
+    if f"\n#     cell_metadata_filter: {CELL_FILTER}\n" not in head:
+        raise NotebookError(f"{name}: the header must say cell_metadata_filter: {CELL_FILTER}")
     if len(texts) != len(nb.cells):
         raise NotebookError(
             f"{name}: {len(texts)} lines start with '# %%' but jupytext reads {len(nb.cells)} cells: "
@@ -74,11 +92,7 @@ def parse(name, text):
     lines = itertools.accumulate((part.count("\n") for part in [head, *texts[:-1]]), initial=1)
     cells = list(zip(nb.cells, list(lines)[1:], texts, strict=True))
     for cell, line, _ in cells:
-        if unknown := (set(cell.metadata) - METADATA) | (set(tags(cell)) - TAGS):
-            raise NotebookError(
-                f"{name}:{line}: cannot use {', '.join(sorted(map(str, unknown)))}: the form of this "
-                'line is: # %% Title tags=["run"], and the tags are run and shared'
-            )
+        check_cell(f"{name}:{line}", cell)
     again = jupytext.writes(jupytext.reads(jupytext.writes(nb, fmt="ipynb"), fmt="ipynb"), fmt="py:percent")
     if again != text:
         line, a, b = first_difference(text, again)
@@ -86,11 +100,26 @@ def parse(name, text):
     return nb, head, cells
 
 
-def load(path):
-    """Import a notebook: a module made of exactly the code cells not tagged `run`.
+def check_cell(where, cell):
+    """Raises NotebookError if a cell has unknown metadata or tags, or is collapsed without its title."""
+    if unknown := (set(cell.metadata) - METADATA) | (set(tags(cell)) - TAGS):
+        raise NotebookError(
+            f"{where}: cannot use {', '.join(sorted(map(str, unknown)))}: the form of this "
+            'line is: # %% Title tags=["run"], and the tags are run and shared'
+        )
+    if "cellView" in cell.metadata:
+        title = cell.metadata.get("title")
+        if cell.metadata["cellView"] != "form" or not title:
+            raise NotebookError(f'{where}: a collapsed cell needs a title and a form: # %% Title cellView="form"')
+        if cell.source.split("\n")[0] != f"# @title {title}":
+            raise NotebookError(f"{where}: a collapsed cell must begin with the line: # @title {title}")
 
-    `02_train.py` becomes the module `nb_02_train`. Tracebacks, inspect.getsource and coverage point into the .py
-    itself, because every other line is blanked, not removed. A file that has not changed is loaded once.
+
+def load(path):
+    """Imports a notebook: returns a module made of exactly the code cells not tagged `run`.
+
+    `02_train.py` becomes the module `nb_02_train`. Lines of other cells are blanked, not removed, so that tracebacks,
+    inspect.getsource and coverage point into the .py. A file that has not changed is loaded once.
     """
     path = Path(path).resolve()
     text = read_text(path)
@@ -116,8 +145,17 @@ def load(path):
     return module
 
 
+def collapsed(title, part):
+    """Returns the text of a code cell in its collapsed form."""
+    marker, _, body = part.partition("\n")
+    if "cellView=" in marker:
+        return part
+    head = f"# %% {title}"
+    return f'{head} cellView="form"{marker[len(head) :]}\n# @title {title}\n{body}'
+
+
 def stamp(notebooks):
-    """{file name: text} -> the same, with every shared cell equal to its owner's."""
+    """Returns {file name: text} with every shared cell equal to its owner's, and collapsed where it is a copy."""
     owners, stamped = {}, {}
     for name, text in sorted(notebooks.items()):
         _, head, cells = parse(name, text)
@@ -131,13 +169,15 @@ def stamp(notebooks):
                     raise NotebookError(f"{name}:{line}: a shared cell {title!r} is already on line {seen[title]}")
                 seen[title] = line
                 body = part.rstrip("\n")  # the blank lines below a cell are the notebook's own
-                part = owners.setdefault(title, body) + part[len(body) :]
+                blank = part[len(body) :]
+                part = (collapsed(title, owners[title]) if title in owners else body) + blank
+                owners.setdefault(title, body)
             stamped[name] += part
     return stamped
 
 
 def build(name, text):
-    """The text of a .py notebook -> the text of its .ipynb."""
+    """Returns the text of the .ipynb of a .py notebook."""
     nb, _, _ = parse(name, text)
     title, count = "", Counter()
     for cell in nb.cells:
@@ -145,6 +185,8 @@ def build(name, text):
         title = cell.metadata.get("title", title)
         cell.id = hashlib.sha256(f"{Path(name).stem}/{title}/{count[title]}".encode()).hexdigest()[:12]
         count[title] += 1
+        if "cellView" in cell.metadata:
+            cell.metadata["jupyter"] = {"source_hidden": True}  # jupytext's filter drops it on the way back
     return jupytext.writes(nb, fmt="ipynb").rstrip("\n") + "\n"
 
 
@@ -156,12 +198,12 @@ def github(root):
 
 
 def colab_links(text):
-    """[(owner/repo, file name)] of the Colab links in a text."""
+    """Returns [(owner/repo, file name)] of the Colab links in a text."""
     return re.findall(r"colab\.research\.google\.com/github/([^/\s]+/[^/\s]+)/blob/[^/\s]+/([\w.-]+\.ipynb)", text)
 
 
 def address(texts, slug):
-    """{file name: text} -> the same, with our own owner/repo set to `slug` (which are ours: see the top)."""
+    """Returns {file name: text} with our own owner/repo set to `slug`; the docstring above says which are ours."""
     ours = set()
     for text in texts.values():
         ours |= {repo for repo, file in colab_links(text) if file.replace(".ipynb", ".py") in texts}
@@ -176,7 +218,7 @@ def address(texts, slug):
 
 
 def expected(root):
-    """{file name: text} of every file that this tool owns a part of, as it should be."""
+    """Returns {file name: text}, as it should be, of every notebook and of the *.md files of the root folder."""
     texts = {path.name: read_text(path) for path in sorted([*root.glob("[0-9]*.py"), *root.glob("*.md")])}
     texts = address(texts, github(root))
     texts |= stamp({name: text for name, text in texts.items() if name.endswith(".py")})
@@ -185,7 +227,7 @@ def expected(root):
 
 
 def describe(name, have, want):
-    """One line that says where a file differs from what it should be."""
+    """Returns one line about the first difference: file, line, cell, the line as it is and as it should be."""
     line, a, b = first_difference(have, want)
     marker = {".py": "# %%", ".ipynb": '   "cell_type"'}.get(Path(name).suffix)
     starts = [text for text in have.split("\n")[:line] if marker and text.startswith(marker)]

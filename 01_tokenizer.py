@@ -7,7 +7,7 @@
 #     provenance: []
 #     toc_visible: true
 #   jupytext:
-#     cell_metadata_filter: title,tags,-all
+#     cell_metadata_filter: title,tags,cellView,-all
 #     comment_magics: false
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:

@@ -7,7 +7,7 @@
 #     provenance: []
 #     toc_visible: true
 #   jupytext:
-#     cell_metadata_filter: title,tags,-all
+#     cell_metadata_filter: title,tags,cellView,-all
 #     comment_magics: false
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
@@ -43,7 +43,8 @@
 # libtpu of its chip. No account is needed. `HF_TOKEN`, as a Colab secret or an environment variable, only raises the
 # Hub's rate limits.
 
-# %% Install what is missing tags=["shared"]
+# %% Install what is missing cellView="form" tags=["shared"]
+# @title Install what is missing
 import importlib.metadata
 import importlib.util
 import re
@@ -143,7 +144,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
 
-# %% Environment tags=["shared"]
+# %% Environment cellView="form" tags=["shared"]
+# @title Environment
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
@@ -500,7 +502,8 @@ def first_process_first(function):
 # aspect ratio, so that `n_head=4, 8, 12` is a family of similar models (the idea of nanochat's single depth knob).
 
 
-# %% Config helpers tags=["shared"]
+# %% Config helpers cellView="form" tags=["shared"]
+# @title Config helpers
 def free(default):
     """A Config field that is not part of the compiled program: changing it compiles nothing."""
     return dataclasses.field(default=default, compare=False)
@@ -778,7 +781,8 @@ class Config(BaseConfig):
         )  # fmt: skip
 
 
-# %% Config from the command line tags=["shared"]
+# %% Config from the command line cellView="form" tags=["shared"]
+# @title Config from the command line
 def suggest(name, known):
     """', did you mean X?', or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -961,7 +965,8 @@ def on_each_device(config, function):
 # A tokenizer is looked for in this order: on this machine (beside the shards, or where `01_tokenizer` left it), in your
 # Hub repo, and else it is trained here, on the first shard.
 
-# %% Tokenizer format tags=["shared"]
+# %% Tokenizer format cellView="form" tags=["shared"]
+# @title Tokenizer format
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -1032,7 +1037,8 @@ def token_bytes(tokenizer):
     return lengths
 
 
-# %% Train a tokenizer tags=["shared"]
+# %% Train a tokenizer cellView="form" tags=["shared"]
+# @title Train a tokenizer
 def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
     """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
 
@@ -1071,7 +1077,8 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     return make_tokenizer(ranks)
 
 
-# %% Where a tokenizer lies tags=["shared"]
+# %% Where a tokenizer lies cellView="form" tags=["shared"]
+# @title Where a tokenizer lies
 def tokenizer_folder(config, first_shard):
     """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
     source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
@@ -1138,7 +1145,8 @@ def find_tokenizer(config, first_shard):
 # full length and wrong. So a shard counts only when its SHA-256 is the one that the Hub gives; what may pass (a 500, a
 # cut) is tried again; and what does not pass ends in one line that names the shard, the cause and the remedy.
 
-# %% Hub tags=["shared"]
+# %% Hub cellView="form" tags=["shared"]
+# @title Hub
 HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
 
 
@@ -1264,7 +1272,8 @@ def cached_shard(repo_id, filename):
     return Path(path) if isinstance(path, str) else None
 
 
-# %% Shards tags=["shared"]
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
 EMBEDDED_SHARDS = 5
 
 
@@ -1365,7 +1374,8 @@ def announce_downloads(config, fetchers):
 # used, not skipped: a training run that silently saw half of its data is worse than one that stopped.
 
 
-# %% Read documents tags=["shared"]
+# %% Read documents cellView="form" tags=["shared"]
+# @title Read documents
 DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
 
 

@@ -7,7 +7,7 @@
 #     provenance: []
 #     toc_visible: true
 #   jupytext:
-#     cell_metadata_filter: title,tags,-all
+#     cell_metadata_filter: title,tags,cellView,-all
 #     comment_magics: false
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
@@ -40,7 +40,8 @@
 # %% [markdown]
 # ## Setup
 
-# %% Install what is missing tags=["shared"]
+# %% Install what is missing cellView="form" tags=["shared"]
+# @title Install what is missing
 import importlib.metadata
 import importlib.util
 import re
@@ -75,7 +76,8 @@ install(
     "tqdm", "wandb",
 )  # fmt: skip
 
-# %% Imports tags=["shared"]
+# %% Imports cellView="form" tags=["shared"]
+# @title Imports
 import argparse
 import base64
 import collections
@@ -146,7 +148,8 @@ import traceback
 
 import wandb
 
-# %% Environment tags=["shared"]
+# %% Environment cellView="form" tags=["shared"]
+# @title Environment
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
@@ -204,7 +207,8 @@ def in_background(function):
     return future
 
 
-# %% What an old jax needs tags=["shared"]
+# %% What an old jax needs cellView="form" tags=["shared"]
+# @title What an old jax needs
 # Colab's jax is older than the newest. What an old one needs from us is decided here, with the version that ends it.
 #
 # Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
@@ -221,7 +225,8 @@ SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info
 # The libtpu of jax 0.7.2 does not know this flag, and ends the process; that of 0.10 does.
 SCATTER_ASIDE = ("enable_sparse_core_collective_offload_nd_reduce_scatter",) if jax.__version_info__ >= (0, 10) else ()
 
-# %% Beside the runtime tags=["shared"]
+# %% Beside the runtime cellView="form" tags=["shared"]
+# @title Beside the runtime
 def install_aside(package, *options):
     """Returns the folder in ~/.cache/tpuchat into which pip has put `package`, for a process of its own. The runtime
     stays as it is. InputError if pip fails."""
@@ -266,7 +271,8 @@ def without_tensorflow():
             sys.modules.pop(name, None)
 
 
-# %% XLA on this machine tags=["shared"]
+# %% XLA on this machine cellView="form" tags=["shared"]
+# @title XLA on this machine
 def cpu_fact(name):
     """What Linux says of this machine's first core, by a name of /proc/cpuinfo ('model name', 'flags'); else ''."""
     with contextlib.suppress(OSError):
@@ -328,7 +334,8 @@ if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
 # reasons.
 
 
-# %% Together tags=["shared"]
+# %% Together cellView="form" tags=["shared"]
+# @title Together
 def is_first():
     """Whether this is the process that logs, writes metadata and uploads."""
     return jax.process_index() == 0
@@ -383,7 +390,8 @@ def first_process_first(function):
     return found[0] if found else function()
 
 
-# %% Config helpers tags=["shared"]
+# %% Config helpers cellView="form" tags=["shared"]
+# @title Config helpers
 def free(default):
     """A Config field that is not part of the compiled program: changing it compiles nothing."""
     return dataclasses.field(default=default, compare=False)
@@ -417,7 +425,8 @@ def check_types(config):
             object.__setattr__(config, field.name, float(value))
 
 
-# %% Choices of every model tags=["shared"]
+# %% Choices of every model cellView="form" tags=["shared"]
+# @title Choices of every model
 def as_mesh(value):
     """(2, 4) of (2, 4), [2, 4], '2x4', '2,4' or '(2, 4)'; 'auto', and what is no mesh, as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", value)):
@@ -622,7 +631,8 @@ class BaseConfig:
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
 
 
-# %% Config tags=["shared"]
+# %% Config cellView="form" tags=["shared"]
+# @title Config
 # Sequences of a pass that fit a chip, by jax's device_kind: preflight's word. Other devices go by their memory.
 DEVICE_BATCH = {"TPU v6 lite": 4, "TPU v5 lite": 4}
 
@@ -661,7 +671,8 @@ class Config(BaseConfig):
         )  # fmt: skip
 
 
-# %% Config from the command line tags=["shared"]
+# %% Config from the command line cellView="form" tags=["shared"]
+# @title Config from the command line
 def suggest(name, known):
     """', did you mean X?', or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -720,7 +731,8 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-# %% Mesh tags=["shared"]
+# %% Mesh cellView="form" tags=["shared"]
+# @title Mesh
 def sharding(config, *spec, mesh=None):
     """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -756,7 +768,8 @@ def device_mesh(config):
     return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
 
 
-# %% Arrays on the mesh tags=["shared"]
+# %% Arrays on the mesh cellView="form" tags=["shared"]
+# @title Arrays on the mesh
 def put_whole(config, x, *spec):
     """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
     if config.devices == 1:
@@ -773,7 +786,8 @@ def put_rows(config, tree):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
-# %% Where parts lie tags=["shared"]
+# %% Where parts lie cellView="form" tags=["shared"]
+# @title Where parts lie
 def constrain(config, x, *spec):
     """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
     return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
@@ -815,7 +829,8 @@ def on_each_device(config, function):
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
 
-# %% Tokenizer format tags=["shared"]
+# %% Tokenizer format cellView="form" tags=["shared"]
+# @title Tokenizer format
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -886,7 +901,8 @@ def token_bytes(tokenizer):
     return lengths
 
 
-# %% Train a tokenizer tags=["shared"]
+# %% Train a tokenizer cellView="form" tags=["shared"]
+# @title Train a tokenizer
 def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
     """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
 
@@ -925,14 +941,16 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     return make_tokenizer(ranks)
 
 
-# %% Where a tokenizer lies tags=["shared"]
+# %% Where a tokenizer lies cellView="form" tags=["shared"]
+# @title Where a tokenizer lies
 def tokenizer_folder(config, first_shard):
     """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
     source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
     return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
 
 
-# %% Find the tokenizer tags=["shared"]
+# %% Find the tokenizer cellView="form" tags=["shared"]
+# @title Find the tokenizer
 def hub_tokenizer(repo_id):
     """The local folder of a Hub repo's tokenizer, or None if the repo has none."""
     try:
@@ -979,7 +997,8 @@ def find_tokenizer(config, first_shard):
     return tokenizer
 
 
-# %% Hub tags=["shared"]
+# %% Hub cellView="form" tags=["shared"]
+# @title Hub
 HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
 
 
@@ -1105,7 +1124,8 @@ def cached_shard(repo_id, filename):
     return Path(path) if isinstance(path, str) else None
 
 
-# %% Shards tags=["shared"]
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
 EMBEDDED_SHARDS = 5
 
 
@@ -1201,7 +1221,8 @@ def announce_downloads(config, fetchers):
         print(f"        into {constants.HF_HUB_CACHE}", flush=True)
 
 
-# %% Read documents tags=["shared"]
+# %% Read documents cellView="form" tags=["shared"]
+# @title Read documents
 DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
 
 
@@ -1273,7 +1294,8 @@ def read_documents(path, start=0, step=1):
         row += rows
 
 
-# %% Encode tags=["shared"]
+# %% Encode cellView="form" tags=["shared"]
+# @title Encode
 PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
 GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
 
@@ -1285,7 +1307,8 @@ def encode_document(tokenizer, text):
     return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
 
 
-# %% Loader tags=["shared"]
+# %% Loader cellView="form" tags=["shared"]
+# @title Loader
 class Position(NamedTuple):
     """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
 
@@ -1499,7 +1522,8 @@ class PrefetchDataLoader:
         self.close()
 
 
-# %% Initial values tags=["shared"]
+# %% Initial values cellView="form" tags=["shared"]
+# @title Initial values
 def init_params(config, key):
     """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
 
@@ -1536,7 +1560,8 @@ def init_params(config, key):
     }
 
 
-# %% Norm and RoPE tags=["shared"]
+# %% Norm and RoPE cellView="form" tags=["shared"]
+# @title Norm and RoPE
 def rms_norm(x):
     """x / rms(x) over the last axis, reduced in float32. No learned weight."""
     x32 = x.astype(jnp.float32)
@@ -1557,7 +1582,8 @@ def norm_and_rope(x, cos, sin):
     return turned.astype(x.dtype)
 
 
-# %% Heads tags=["shared"]
+# %% Heads cellView="form" tags=["shared"]
+# @title Heads
 def split_heads(x, T, H):
     """[B·T, N·H] → [B, N, T, H]."""
     return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
@@ -1569,7 +1595,8 @@ def merge_heads(y):
     return y.swapaxes(1, 2).reshape(B * T, N * H)
 
 
-# %% Attention tags=["shared"]
+# %% Attention cellView="form" tags=["shared"]
+# @title Attention
 def check_block_size(block_size, seq_len):
     """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
     require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
@@ -1635,7 +1662,8 @@ def cudnn_takes(q):
     return float(capability) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if float(capability) >= 9 else 128)
 
 
-# %% Attention kernels tags=["shared"]
+# %% Attention kernels cellView="form" tags=["shared"]
+# @title Attention kernels
 def on_tpu_or_interpreted(kernel, q, k, v):
     """kernel(q, k, v, interpret=False) where the program is lowered for a TPU, interpret=True elsewhere."""
     return jax.lax.platform_dependent(
@@ -1691,7 +1719,8 @@ def flash_attention(q, k, v, *, block, scale, interpret):
     return interpreted(q, k, v)
 
 
-# %% Fused attention tags=["shared"]
+# %% Fused attention cellView="form" tags=["shared"]
+# @title Fused attention
 VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
 
 
@@ -1864,7 +1893,8 @@ def fused_backward(T, H, window, interpret, saved, g):
 fused_attention.defvjp(fused_forward, fused_backward)
 
 
-# %% Attend tags=["shared"]
+# %% Attend cellView="form" tags=["shared"]
+# @title Attend
 def attend(config, q, k, v, T, window):
     """QK-norm, RoPE and causal attention between projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
     H = config.head_dim
@@ -1887,7 +1917,8 @@ def attend(config, q, k, v, T, window):
     return on_each_device(config, chosen)(q, k, v)
 
 
-# %% Layers tags=["shared"]
+# %% Layers cellView="form" tags=["shared"]
+# @title Layers
 def embed(config, params, tokens):
     """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
     table = whole_weights(config, params["embed"])
@@ -1912,7 +1943,8 @@ def lm_head(config, params, x):
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 
-# %% Residual and MLP tags=["shared"]
+# %% Residual and MLP cellView="form" tags=["shared"]
+# @title Residual and MLP
 def mix_residual(layer, x, x0):
     """a·x + b·x0 in float32: in bfloat16 a learned 1.001 would be 1."""
     mixed = layer["resid_scale"] * x.astype(jnp.float32) + layer["x0_scale"] * x0.astype(jnp.float32)
@@ -1925,7 +1957,8 @@ def mlp(layer, x):
     return jnp.einsum("sf,fd->sd", jnp.square(jax.nn.relu(hidden)), layer["down"])
 
 
-# %% All layers tags=["shared"]
+# %% All layers cellView="form" tags=["shared"]
+# @title All layers
 def hidden(config, weights, tokens):
     """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
     with jax.named_scope("embed"):
@@ -1942,7 +1975,8 @@ def hidden(config, weights, tokens):
     return x
 
 
-# %% Forward pass tags=["shared"]
+# %% Forward pass cellView="form" tags=["shared"]
+# @title Forward pass
 def cast_weights(config, params):
     """Matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
 
@@ -1961,7 +1995,8 @@ def forward(config, params, tokens):
         return lm_head(config, weights, x).reshape(*tokens.shape, -1)
 
 
-# %% Counts tags=["shared"]
+# %% Counts cellView="form" tags=["shared"]
+# @title Counts
 def part_of(path):
     """The part of the model, embed, attn, mlp or lm_head, that a parameter belongs to, by its path in the tree."""
     name = path[-1].key
@@ -2001,7 +2036,8 @@ def peak_flops(device_kind):
     return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
-# %% Loss tags=["shared"]
+# %% Loss cellView="form" tags=["shared"]
+# @title Loss
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def softcap_losses(x, head, targets, softcap):
     """Cross-entropy, nats, float32 [S], of targets [S] under logits softcap·tanh(x @ head / softcap).
@@ -2045,13 +2081,15 @@ def token_losses(config, params, tokens, targets):
         return losses.reshape(targets.shape)
 
 
-# %% Mean loss tags=["shared"]
+# %% Mean loss cellView="form" tags=["shared"]
+# @title Mean loss
 def loss_fn(config, params, tokens, targets):
     """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
     return jnp.mean(token_losses(config, params, tokens, targets))
 
 
-# %% Optimizer tags=["shared"]
+# %% Optimizer cellView="form" tags=["shared"]
+# @title Optimizer
 class TrainState(NamedTuple):
     """All that a step changes. It is donated: the new state takes the old one's memory."""
 
@@ -2129,7 +2167,8 @@ def init_train_state(config):
     return TrainState(*init_arrays(config, key), hyper)
 
 
-# %% Train step tags=["shared"]
+# %% Train step cellView="form" tags=["shared"]
+# @title Train step
 def loss_and_grads(config, weights, tokens, targets):
     """Mean loss and gradients of [total_batch, T] tokens, device_batch_size sequences at a time."""
     value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
@@ -2187,7 +2226,8 @@ def abstract_step(config, mesh):
     return state, place(tokens, ROWS)
 
 
-# %% Norms tags=["shared"]
+# %% Norms cellView="form" tags=["shared"]
+# @title Norms
 @jax.jit
 def state_norms(state):
     """{'param_norm/attn': …, 'update_norm/attn': …} of each part after a step, and of the update that it was."""
@@ -2202,7 +2242,8 @@ def state_norms(state):
     return {name: jnp.sqrt(value) for name, value in squares.items()}
 
 
-# %% Evaluate tags=["shared"]
+# %% Evaluate cellView="form" tags=["shared"]
+# @title Evaluate
 def validation_batches(config, tokenizer, path, max_tokens=-1):
     """[(tokens, targets, bytes of each target)] of the validation shard, int32 [B, T] each, B what fits the devices.
 
@@ -2250,7 +2291,8 @@ def evaluate(config, params, batches):
     return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
 
 
-# %% Decode tags=["shared"]
+# %% Decode cellView="form" tags=["shared"]
+# @title Decode
 def decode_token(config, weights, cache, tokens, position):
     """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B·K, T, H] a layer)."""
     T = config.seq_len
@@ -2275,7 +2317,8 @@ def decode_token(config, weights, cache, tokens, position):
     return lm_head(config, weights, x), new_cache
 
 
-# %% Sample tags=["shared"]
+# %% Sample cellView="form" tags=["shared"]
+# @title Sample
 def pick_token(key, logits, temperature, top_k, top_p):
     """Samples [B] ids from logits [B, V] over the temperature; the likeliest where that is 0.
 
@@ -2373,7 +2416,8 @@ def generate(
     return texts[0] if isinstance(prompt, str) else texts
 
 
-# %% Checkpoints tags=["shared"]
+# %% Checkpoints cellView="form" tags=["shared"]
+# @title Checkpoints
 def named_arrays(state):
     """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
     leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
@@ -2524,7 +2568,8 @@ def drop_old_checkpoints(folder, keep):
         shutil.rmtree(rest, ignore_errors=True)
 
 
-# %% Load a checkpoint tags=["shared"]
+# %% Load a checkpoint cellView="form" tags=["shared"]
+# @title Load a checkpoint
 # How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
 RUNTIME_FIELDS = (
     "attn_impl", "splash_block_size", "compute_dtype", "mesh", "device_batch_size", "total_batch_size", "grad_clip",
@@ -2686,7 +2731,8 @@ def load_checkpoint(path, config):
     return state._replace(hyper=put_hyper(config, hyperparams(config))), meta
 
 
-# %% Backup tags=["shared"]
+# %% Backup cellView="form" tags=["shared"]
+# @title Backup
 BACKUP_PAUSES = 1, 10, 60  # seconds before a copy is tried again
 
 
@@ -2766,7 +2812,8 @@ def restore_backup(config, run):
     (run / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
 
 
-# %% Checkpointer tags=["shared"]
+# %% Checkpointer cellView="form" tags=["shared"]
+# @title Checkpointer
 class Checkpointer:
     """Writes checkpoints beside the training and copies them to config.backup, the newest first.
 
@@ -2822,7 +2869,8 @@ class Checkpointer:
             self.copying.result()
 
 
-# %% Run folder tags=["shared"]
+# %% Run folder cellView="form" tags=["shared"]
+# @title Run folder
 # These do not change what is learned, but for the last three: a run may go on where the CPU suits another dtype, and
 # grad_clip or nonfinite may save it.
 HOST_FIELDS = (
@@ -2931,7 +2979,8 @@ def plot_loss(run):
     return figure
 
 
-# %% Meter tags=["shared"]
+# %% Meter cellView="form" tags=["shared"]
+# @title Meter
 def due(step, interval):
     """Whether `step` is a multiple of `interval`; never if that is 0."""
     return interval > 0 and step % interval == 0
@@ -2980,7 +3029,8 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
-# %% Log to wandb tags=["shared"]
+# %% Log to wandb cellView="form" tags=["shared"]
+# @title Log to wandb
 def wandb_url():
     import wandb
 
@@ -3077,7 +3127,8 @@ def log_files(live, run, checkpoint):
         live.log_artifact(artifact)
 
 
-# %% Run log tags=["shared"]
+# %% Run log cellView="form" tags=["shared"]
+# @title Run log
 def cut_samples(path, step):
     """Drops from samples.txt what a run that goes on from `step` will write again."""
     if path.exists():
@@ -3277,7 +3328,8 @@ class RunLog:
             self.events.close()
 
 
-# %% Chips and prices tags=["shared"]
+# %% Chips and prices cellView="form" tags=["shared"]
+# @title Chips and prices
 class Chip(NamedTuple):
     """What preflight must know of a TPU."""
 
@@ -3315,7 +3367,8 @@ def on_topology(config, topology):
     return config
 
 
-# %% Train tags=["shared"]
+# %% Train cellView="form" tags=["shared"]
+# @title Train
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
 
 
@@ -3505,7 +3558,8 @@ def train(config, report=None):
     return summary
 
 
-# %% What is said before and after tags=["shared"]
+# %% What is said before and after cellView="form" tags=["shared"]
+# @title What is said before and after
 def describe_params(counts):
     """'3.7M parameters (embed 1.0, …)' of what count_params returns."""
     parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")

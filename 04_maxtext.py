@@ -7,7 +7,7 @@
 #     provenance: []
 #     toc_visible: true
 #   jupytext:
-#     cell_metadata_filter: title,tags,-all
+#     cell_metadata_filter: title,tags,cellView,-all
 #     comment_magics: false
 #     notebook_metadata_filter: accelerator,colab,kernelspec,-jupytext.text_representation.jupytext_version
 #     text_representation:
@@ -47,7 +47,8 @@
 #
 # As in `02_train.py`: only what the runtime lacks is installed, and no account is needed.
 
-# %% Install what is missing tags=["shared"]
+# %% Install what is missing cellView="form" tags=["shared"]
+# @title Install what is missing
 import importlib.metadata
 import importlib.util
 import re
@@ -82,7 +83,8 @@ install(
     "matplotlib", "tqdm", "flatbuffers",
 )  # fmt: skip
 
-# %% Imports tags=["shared"]
+# %% Imports cellView="form" tags=["shared"]
+# @title Imports
 import argparse
 import base64
 import collections
@@ -147,7 +149,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
 
-# %% Environment tags=["shared"]
+# %% Environment cellView="form" tags=["shared"]
+# @title Environment
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
@@ -205,7 +208,8 @@ def in_background(function):
     return future
 
 
-# %% What an old jax needs tags=["shared"]
+# %% What an old jax needs cellView="form" tags=["shared"]
+# @title What an old jax needs
 # Colab's jax is older than the newest. What an old one needs from us is decided here, with the version that ends it.
 #
 # Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
@@ -222,7 +226,8 @@ SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info
 # The libtpu of jax 0.7.2 does not know this flag, and ends the process; that of 0.10 does.
 SCATTER_ASIDE = ("enable_sparse_core_collective_offload_nd_reduce_scatter",) if jax.__version_info__ >= (0, 10) else ()
 
-# %% Beside the runtime tags=["shared"]
+# %% Beside the runtime cellView="form" tags=["shared"]
+# @title Beside the runtime
 def install_aside(package, *options):
     """Returns the folder in ~/.cache/tpuchat into which pip has put `package`, for a process of its own. The runtime
     stays as it is. InputError if pip fails."""
@@ -267,7 +272,8 @@ def without_tensorflow():
             sys.modules.pop(name, None)
 
 
-# %% XLA on this machine tags=["shared"]
+# %% XLA on this machine cellView="form" tags=["shared"]
+# @title XLA on this machine
 def cpu_fact(name):
     """What Linux says of this machine's first core, by a name of /proc/cpuinfo ('model name', 'flags'); else ''."""
     with contextlib.suppress(OSError):
@@ -332,7 +338,8 @@ if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
 # numbers behind the defaults.
 
 
-# %% Several hosts tags=["shared"]
+# %% Several hosts cellView="form" tags=["shared"]
+# @title Several hosts
 HOST_TIMEOUT = 30  # seconds without a sign of life after which a host counts as gone
 
 
@@ -435,7 +442,8 @@ def leave_with_traceback(*exception):
     os._exit(1)
 
 
-# %% Together tags=["shared"]
+# %% Together cellView="form" tags=["shared"]
+# @title Together
 def is_first():
     """Whether this is the process that logs, writes metadata and uploads."""
     return jax.process_index() == 0
@@ -490,7 +498,8 @@ def first_process_first(function):
     return found[0] if found else function()
 
 
-# %% Config helpers tags=["shared"]
+# %% Config helpers cellView="form" tags=["shared"]
+# @title Config helpers
 def free(default):
     """A Config field that is not part of the compiled program: changing it compiles nothing."""
     return dataclasses.field(default=default, compare=False)
@@ -524,7 +533,8 @@ def check_types(config):
             object.__setattr__(config, field.name, float(value))
 
 
-# %% Choices of every model tags=["shared"]
+# %% Choices of every model cellView="form" tags=["shared"]
+# @title Choices of every model
 def as_mesh(value):
     """(2, 4) of (2, 4), [2, 4], '2x4', '2,4' or '(2, 4)'; 'auto', and what is no mesh, as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", value)):
@@ -831,7 +841,8 @@ def preset_option(argv):
     return (getattr(Config, names[-1])() if names else None), rest
 
 
-# %% Config from the command line tags=["shared"]
+# %% Config from the command line cellView="form" tags=["shared"]
+# @title Config from the command line
 def suggest(name, known):
     """', did you mean X?', or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -890,7 +901,8 @@ def one_line_errors():
         raise SystemExit(130) from None
 
 
-# %% Mesh tags=["shared"]
+# %% Mesh cellView="form" tags=["shared"]
+# @title Mesh
 def sharding(config, *spec, mesh=None):
     """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
     auto = (jax.sharding.AxisType.Auto,) * 2
@@ -926,7 +938,8 @@ def device_mesh(config):
     return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
 
 
-# %% Arrays on the mesh tags=["shared"]
+# %% Arrays on the mesh cellView="form" tags=["shared"]
+# @title Arrays on the mesh
 def put_whole(config, x, *spec):
     """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
     if config.devices == 1:
@@ -943,7 +956,8 @@ def put_rows(config, tree):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
-# %% Where parts lie tags=["shared"]
+# %% Where parts lie cellView="form" tags=["shared"]
+# @title Where parts lie
 def constrain(config, x, *spec):
     """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
     return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
@@ -990,7 +1004,8 @@ def on_each_device(config, function):
 #
 # The one on this machine, or of your own Hub repo, or trained on the first shard: 32,768 tokens.
 
-# %% Tokenizer format tags=["shared"]
+# %% Tokenizer format cellView="form" tags=["shared"]
+# @title Tokenizer format
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -1061,7 +1076,8 @@ def token_bytes(tokenizer):
     return lengths
 
 
-# %% Train a tokenizer tags=["shared"]
+# %% Train a tokenizer cellView="form" tags=["shared"]
+# @title Train a tokenizer
 def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
     """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
 
@@ -1100,14 +1116,16 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     return make_tokenizer(ranks)
 
 
-# %% Where a tokenizer lies tags=["shared"]
+# %% Where a tokenizer lies cellView="form" tags=["shared"]
+# @title Where a tokenizer lies
 def tokenizer_folder(config, first_shard):
     """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
     source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
     return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
 
 
-# %% Find the tokenizer tags=["shared"]
+# %% Find the tokenizer cellView="form" tags=["shared"]
+# @title Find the tokenizer
 def hub_tokenizer(repo_id):
     """The local folder of a Hub repo's tokenizer, or None if the repo has none."""
     try:
@@ -1159,7 +1177,8 @@ def find_tokenizer(config, first_shard):
 #
 # Parquet shards from the Hub, a folder, or the embedded corpus; encoded and packed by threads beside the training.
 
-# %% Hub tags=["shared"]
+# %% Hub cellView="form" tags=["shared"]
+# @title Hub
 HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
 
 
@@ -1285,7 +1304,8 @@ def cached_shard(repo_id, filename):
     return Path(path) if isinstance(path, str) else None
 
 
-# %% Shards tags=["shared"]
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
 EMBEDDED_SHARDS = 5
 
 
@@ -1381,7 +1401,8 @@ def announce_downloads(config, fetchers):
         print(f"        into {constants.HF_HUB_CACHE}", flush=True)
 
 
-# %% Read documents tags=["shared"]
+# %% Read documents cellView="form" tags=["shared"]
+# @title Read documents
 DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
 
 
@@ -1453,7 +1474,8 @@ def read_documents(path, start=0, step=1):
         row += rows
 
 
-# %% Encode tags=["shared"]
+# %% Encode cellView="form" tags=["shared"]
+# @title Encode
 PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
 GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
 
@@ -1465,7 +1487,8 @@ def encode_document(tokenizer, text):
     return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
 
 
-# %% Loader tags=["shared"]
+# %% Loader cellView="form" tags=["shared"]
+# @title Loader
 class Position(NamedTuple):
     """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
 
@@ -1720,7 +1743,8 @@ def init_params(config, key):
     }
 
 
-# %% Norm and RoPE tags=["shared"]
+# %% Norm and RoPE cellView="form" tags=["shared"]
+# @title Norm and RoPE
 def rms_norm(x):
     """x / rms(x) over the last axis, reduced in float32. No learned weight."""
     x32 = x.astype(jnp.float32)
@@ -1741,7 +1765,8 @@ def norm_and_rope(x, cos, sin):
     return turned.astype(x.dtype)
 
 
-# %% Heads tags=["shared"]
+# %% Heads cellView="form" tags=["shared"]
+# @title Heads
 def split_heads(x, T, H):
     """[B·T, N·H] → [B, N, T, H]."""
     return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
@@ -1753,7 +1778,8 @@ def merge_heads(y):
     return y.swapaxes(1, 2).reshape(B * T, N * H)
 
 
-# %% Attention tags=["shared"]
+# %% Attention cellView="form" tags=["shared"]
+# @title Attention
 def check_block_size(block_size, seq_len):
     """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
     require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
@@ -1819,7 +1845,8 @@ def cudnn_takes(q):
     return float(capability) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if float(capability) >= 9 else 128)
 
 
-# %% Attention kernels tags=["shared"]
+# %% Attention kernels cellView="form" tags=["shared"]
+# @title Attention kernels
 def on_tpu_or_interpreted(kernel, q, k, v):
     """kernel(q, k, v, interpret=False) where the program is lowered for a TPU, interpret=True elsewhere."""
     return jax.lax.platform_dependent(
@@ -1875,7 +1902,8 @@ def flash_attention(q, k, v, *, block, scale, interpret):
     return interpreted(q, k, v)
 
 
-# %% Fused attention tags=["shared"]
+# %% Fused attention cellView="form" tags=["shared"]
+# @title Fused attention
 VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
 
 
@@ -2048,7 +2076,8 @@ def fused_backward(T, H, window, interpret, saved, g):
 fused_attention.defvjp(fused_forward, fused_backward)
 
 
-# %% Attend tags=["shared"]
+# %% Attend cellView="form" tags=["shared"]
+# @title Attend
 def attend(config, q, k, v, T, window):
     """QK-norm, RoPE and causal attention between projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
     H = config.head_dim
@@ -2071,7 +2100,8 @@ def attend(config, q, k, v, T, window):
     return on_each_device(config, chosen)(q, k, v)
 
 
-# %% Layers tags=["shared"]
+# %% Layers cellView="form" tags=["shared"]
+# @title Layers
 def embed(config, params, tokens):
     """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
     table = whole_weights(config, params["embed"])
@@ -2173,7 +2203,8 @@ def remembering(config, layer):
     return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
-# %% Forward pass tags=["shared"]
+# %% Forward pass cellView="form" tags=["shared"]
+# @title Forward pass
 def cast_weights(config, params):
     """Matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
 
@@ -2198,7 +2229,8 @@ def forward(config, params, tokens):
 # 369,098,752 parameters: 33.6M embedding, 75.5M attention, 226.5M MLP, 33.6M head.
 
 
-# %% Counts tags=["shared"]
+# %% Counts cellView="form" tags=["shared"]
+# @title Counts
 def part_of(path):
     """The part of the model, embed, attn, mlp or lm_head, that a parameter belongs to, by its path in the tree."""
     name = path[-1].key
@@ -2248,7 +2280,8 @@ def peak_flops(device_kind):
 # What it costs is the gradient of the head, which each chunk adds to in float32.
 
 
-# %% Loss tags=["shared"]
+# %% Loss cellView="form" tags=["shared"]
+# @title Loss
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def softcap_losses(x, head, targets, softcap):
     """Cross-entropy, nats, float32 [S], of targets [S] under logits softcap·tanh(x @ head / softcap).
@@ -2339,7 +2372,8 @@ def loss_fn(config, params, tokens, targets):
 # AdamW with a trapezoid for the learning rate.
 
 
-# %% Optimizer tags=["shared"]
+# %% Optimizer cellView="form" tags=["shared"]
+# @title Optimizer
 class TrainState(NamedTuple):
     """All that a step changes. It is donated: the new state takes the old one's memory."""
 
@@ -2423,7 +2457,8 @@ def init_train_state(config):
 # Weights are cast once, microbatches are added in float32, the state is donated.
 
 
-# %% Train step tags=["shared"]
+# %% Train step cellView="form" tags=["shared"]
+# @title Train step
 def loss_and_grads(config, weights, tokens, targets):
     """Mean loss and gradients of [total_batch, T] tokens, device_batch_size sequences at a time."""
     value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
@@ -2487,7 +2522,8 @@ def abstract_step(config, mesh):
 # Bits per byte on the pinned validation shard, and text, with a key/value cache.
 
 
-# %% Norms tags=["shared"]
+# %% Norms cellView="form" tags=["shared"]
+# @title Norms
 @jax.jit
 def state_norms(state):
     """{'param_norm/attn': …, 'update_norm/attn': …} of each part after a step, and of the update that it was."""
@@ -2502,7 +2538,8 @@ def state_norms(state):
     return {name: jnp.sqrt(value) for name, value in squares.items()}
 
 
-# %% Evaluate tags=["shared"]
+# %% Evaluate cellView="form" tags=["shared"]
+# @title Evaluate
 def validation_batches(config, tokenizer, path, max_tokens=-1):
     """[(tokens, targets, bytes of each target)] of the validation shard, int32 [B, T] each, B what fits the devices.
 
@@ -2550,7 +2587,8 @@ def evaluate(config, params, batches):
     return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
 
 
-# %% Beyond one number tags=["shared"]
+# %% Beyond one number cellView="form" tags=["shared"]
+# @title Beyond one number
 def plot_positions(by_position, path):
     """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
     from matplotlib.figure import Figure
@@ -2599,7 +2637,8 @@ def surprise_html(found):
     return f'<div style="{style}">{"".join(spans)}</div>\n'
 
 
-# %% Decode tags=["shared"]
+# %% Decode cellView="form" tags=["shared"]
+# @title Decode
 def decode_token(config, weights, cache, tokens, position):
     """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B·K, T, H] a layer)."""
     T = config.seq_len
@@ -2624,7 +2663,8 @@ def decode_token(config, weights, cache, tokens, position):
     return lm_head(config, weights, x), new_cache
 
 
-# %% Sample tags=["shared"]
+# %% Sample cellView="form" tags=["shared"]
+# @title Sample
 def pick_token(key, logits, temperature, top_k, top_p):
     """Samples [B] ids from logits [B, V] over the temperature; the likeliest where that is 0.
 
@@ -2728,7 +2768,8 @@ def generate(
 # safetensors and JSON.
 
 
-# %% Checkpoints tags=["shared"]
+# %% Checkpoints cellView="form" tags=["shared"]
+# @title Checkpoints
 def named_arrays(state):
     """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
     leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
@@ -2879,7 +2920,8 @@ def drop_old_checkpoints(folder, keep):
         shutil.rmtree(rest, ignore_errors=True)
 
 
-# %% Load a checkpoint tags=["shared"]
+# %% Load a checkpoint cellView="form" tags=["shared"]
+# @title Load a checkpoint
 # How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
 RUNTIME_FIELDS = (
     "attn_impl", "splash_block_size", "compute_dtype", "mesh", "device_batch_size", "total_batch_size", "grad_clip",
@@ -3041,7 +3083,8 @@ def load_checkpoint(path, config):
     return state._replace(hyper=put_hyper(config, hyperparams(config))), meta
 
 
-# %% Backup tags=["shared"]
+# %% Backup cellView="form" tags=["shared"]
+# @title Backup
 BACKUP_PAUSES = 1, 10, 60  # seconds before a copy is tried again
 
 
@@ -3121,7 +3164,8 @@ def restore_backup(config, run):
     (run / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
 
 
-# %% Checkpointer tags=["shared"]
+# %% Checkpointer cellView="form" tags=["shared"]
+# @title Checkpointer
 class Checkpointer:
     """Writes checkpoints beside the training and copies them to config.backup, the newest first.
 
@@ -3182,7 +3226,8 @@ class Checkpointer:
 #
 # The host reads metrics one interval late, so that the device never waits.
 
-# %% Run folder tags=["shared"]
+# %% Run folder cellView="form" tags=["shared"]
+# @title Run folder
 # These do not change what is learned, but for the last three: a run may go on where the CPU suits another dtype, and
 # grad_clip or nonfinite may save it.
 HOST_FIELDS = (
@@ -3291,7 +3336,8 @@ def plot_loss(run):
     return figure
 
 
-# %% Meter tags=["shared"]
+# %% Meter cellView="form" tags=["shared"]
+# @title Meter
 def due(step, interval):
     """Whether `step` is a multiple of `interval`; never if that is 0."""
     return interval > 0 and step % interval == 0
@@ -3340,7 +3386,8 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
-# %% Log to wandb tags=["shared"]
+# %% Log to wandb cellView="form" tags=["shared"]
+# @title Log to wandb
 def wandb_url():
     import wandb
 
@@ -3437,7 +3484,8 @@ def log_files(live, run, checkpoint):
         live.log_artifact(artifact)
 
 
-# %% Run log tags=["shared"]
+# %% Run log cellView="form" tags=["shared"]
+# @title Run log
 def cut_samples(path, step):
     """Drops from samples.txt what a run that goes on from `step` will write again."""
     if path.exists():
@@ -3643,7 +3691,8 @@ class RunLog:
 # The TPU's compiler, asked on any machine: does it fit, how fast is it, what will it cost.
 
 
-# %% Chips and prices tags=["shared"]
+# %% Chips and prices cellView="form" tags=["shared"]
+# @title Chips and prices
 class Chip(NamedTuple):
     """What preflight must know of a TPU."""
 
@@ -3681,7 +3730,8 @@ def on_topology(config, topology):
     return config
 
 
-# %% Compile for a chip tags=["shared"]
+# %% Compile for a chip cellView="form" tags=["shared"]
+# @title Compile for a chip
 # The compiler runs in a process of its own: it may crash (it has), and once it is loaded where there is no TPU, jax's
 # profiler may crash, too. What travels there is the step as StableHLO, what comes back is the program and its memory.
 COMPILER = """
@@ -3823,7 +3873,8 @@ def reason(error):
     return " ".join(line for line in text.splitlines() if line.strip())[:300], None
 
 
-# %% Read the schedule tags=["shared"]
+# %% Read the schedule cellView="form" tags=["shared"]
+# @title Read the schedule
 NO_ESTIMATE = 2**64 - 1
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
@@ -4013,7 +4064,8 @@ def schedule(text):
     return list(walk(entry, 1))
 
 
-# %% Splash kernels tags=["shared"]
+# %% Splash kernels cellView="form" tags=["shared"]
+# @title Splash kernels
 # Cycles that an active block takes by the kernel's own instruction schedule (benchmarks/kernel_cycles.py), for blocks
 # of 128, 256, 512 and 1024 tokens at head_dim 128 and 256; bfloat16, T=2048. 64 costs what 128 does.
 BLOCK_SIZES = 128, 256, 512, 1024
@@ -4066,7 +4118,8 @@ def splash_seconds(op, chip, windows):
     return math.prod(heads) * (active * busy + max(0, steps - active) * idle + row)
 
 
-# %% Our kernels tags=["shared"]
+# %% Our kernels cellView="form" tags=["shared"]
+# @title Our kernels
 BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
 
 
@@ -4135,7 +4188,8 @@ def program_seconds(config, chip, N, K, windows):
     return found
 
 
-# %% Communication tags=["shared"]
+# %% Communication cellView="form" tags=["shared"]
+# @title Communication
 def links_within(group, slice_):
     """Links that the worst placed chip of a group [(x, y)] has to others of it. Only an axis of 16 chips is a ring."""
     group = {tuple(chip) for chip in group}
@@ -4203,7 +4257,8 @@ def waits(ops, seconds, chip, links):
     return found
 
 
-# %% Estimate tags=["shared"]
+# %% Estimate cellView="form" tags=["shared"]
+# @title Estimate
 REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published matmuls reach 68 to 70% of a v6e's peak
 
 
@@ -4271,7 +4326,8 @@ def estimate(text, chip, windows, ours=types.MappingProxyType({})):
     return timeline(text, chip, windows, ours)[:2]
 
 
-# %% Report tags=["shared"]
+# %% Report cellView="form" tags=["shared"]
+# @title Report
 def describe_memory(config, chip, compiled):
     """Prints the peak of the step on each chip, and what the compiler tells about its parts; returns it, in bytes."""
     weights = 4 * count_params(config)["total"] // config.mesh_shape[1]
@@ -4366,7 +4422,8 @@ def plot_parts(parts, title, path):
     return path
 
 
-# %% What would fit tags=["shared"]
+# %% What would fit cellView="form" tags=["shared"]
+# @title What would fit
 def largest_batch(config, topology, needed):
     """The largest device_batch_size that fits and keeps the tokens of a step, found by compiling; None if not even 1.
 
@@ -4397,7 +4454,8 @@ def largest_batch(config, topology, needed):
     return next((b for b in sizes[i + 1 :] if fits(b)), None)
 
 
-# %% Preflight tags=["shared"]
+# %% Preflight cellView="form" tags=["shared"]
+# @title Preflight
 def ask(config, topology):
     """(Compiled, *timeline) of the step. CompileError if the compiler refuses it."""
     chip, slice_ = parse_topology(topology)
@@ -4453,7 +4511,8 @@ def preflight(config, topology="v6e"):
     }  # fmt: skip
 
 
-# %% Scaling tags=["shared"]
+# %% Scaling cellView="form" tags=["shared"]
+# @title Scaling
 def scaled(config, chips, total=None):
     """config on so many chips: with its sequences a chip, or, where `total` is given, with `total` tokens a step, in as
     few passes as its device_batch_size allows.
@@ -4524,7 +4583,8 @@ def plot_scaling(table, chip, path):
     return path
 
 
-# %% Preflight from the command line tags=["shared"]
+# %% Preflight from the command line cellView="form" tags=["shared"]
+# @title Preflight from the command line
 def take_options(argv, name):
     """([value of each `--name value` or `--name=value`], the other words)."""
     found, rest = [], []
@@ -4554,7 +4614,8 @@ def scaling_option(argv):
     return found, rest
 
 
-# %% Show TensorBoard tags=["shared"]
+# %% Show TensorBoard cellView="form" tags=["shared"]
+# @title Show TensorBoard
 # The server is a process of its own. To it tensorflow is as if it were not installed, and xprof's folder comes first.
 TENSORBOARD = """#!{python}
 import sys
@@ -4588,7 +4649,8 @@ def show_tensorboard(run):
 # ## Train
 
 
-# %% Read a trace tags=["shared"]
+# %% Read a trace cellView="form" tags=["shared"]
+# @title Read a trace
 def program_components(text):
     """{name of an instruction: (component, direction)} of a compiled program's text. What the compiler made without a
     word of its origin, a copy or a cast, goes with what it reads."""
@@ -4679,7 +4741,8 @@ def time_by_component(config, run):
     return parts, whole
 
 
-# %% Train tags=["shared"]
+# %% Train cellView="form" tags=["shared"]
+# @title Train
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
 
 
@@ -4869,7 +4932,8 @@ def train(config, report=None):
     return summary
 
 
-# %% What is said before and after tags=["shared"]
+# %% What is said before and after cellView="form" tags=["shared"]
+# @title What is said before and after
 def describe_params(counts):
     """'3.7M parameters (embed 1.0, …)' of what count_params returns."""
     parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
@@ -4987,7 +5051,8 @@ if jax.process_count() > 1:
 # that loses it has learned nothing.
 
 
-# %% Compressors tags=["shared"]
+# %% Compressors cellView="form" tags=["shared"]
+# @title Compressors
 def compressor_bpb(text):
     """Bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
     data = text.encode()

@@ -1,20 +1,23 @@
-"""The commands that the README and cloud/ tell a reader to type exist: files, options, values, verbs."""
+"""The commands that the README, docs/ and cloud/ tell a reader to type exist: files, options, values, verbs."""
 
 import re
 import shlex
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tools.notebooks import load
 
-DOCS = ["README.md", *sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*"))]
-# Taken from the command line before parse_args sees the rest; --preflight, --scaling and --preset have one value.
-BEFORE = {"--preflight", "--scaling", "--preset", "--help"}
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = "changes cloud data dependencies interruptions many-chips speed sweeps watch"
+DOCS = ["README.md", *(f"docs/{name}.md" for name in PAGES.split())]
+DOCS += sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*"))
+BEFORE = {"--preset", "--help"}  # options that a notebook takes from the command line before parse_args sees the rest
 WORKER = {"--sweep_id", "--project", "--entity", "--runs", "--trials"}  # 03_worker's own
 NUMBER = {f"--{name}" for name in ("runs", "trials")}
+CHIPS = re.compile(r"all|v\d[ep](:\d+x\d+)?")  # what 05_preflight asks about
 COMMAND = re.compile(r"(?:\bpython|host\.sh start) +(?:-u +)?(0\w+\.(?:py|ipynb))([^\n`'#|;&)]*)")
 
 
@@ -30,7 +33,11 @@ def commands(text):
 
 
 def check_command(notebook, options):
-    """ValueError or FileNotFoundError if the notebook would refuse the options."""
+    """Raises ValueError or FileNotFoundError if the notebook would refuse the options."""
+    if notebook.startswith("05") and (ROOT / notebook).exists():  # another notebook, chips, and options of the former
+        notebook, chips, *options = options
+        if not CHIPS.fullmatch(chips):
+            raise ValueError(f"{chips!r} are no chips")
     module = load(ROOT / notebook)
     own = BEFORE | (WORKER if notebook.startswith("03") else set())
     rest, words = [], [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -68,10 +75,17 @@ def test_named_files_exist(doc):
     assert not missing_files(doc, read(doc))
 
 
+def test_every_page_is_checked():
+    assert sorted(doc for doc in DOCS if doc.startswith("docs/")) == sorted(
+        f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")
+    )
+
+
 def test_every_way_to_start_a_run_is_found():
-    """Else the two tests above would pass on nothing."""
+    """Otherwise the tests above would pass on nothing."""
     found = {doc: [notebook for notebook, _ in commands(read(doc))] for doc in DOCS}
-    assert len(found["README.md"]) > 5
+    assert {"02_train.py", "05_preflight.py"} <= set(found["README.md"])
+    assert found["docs/cloud.md"].count("04_maxtext.py") == 2  # on hosts: by host.sh, and by xpk
     assert found["cloud/sky.yaml"] == ["04_maxtext.py"]
     text = 'on "tpuchat/cloud/host.sh start 04_maxtext.py --seed 1 --run_dir /mnt/a"  # again\n'
     text += "    'pip install x &&\n exec python 02_train.py --seed=2' && python 01_tokenizer.py \\\n  --help\n"
@@ -90,6 +104,9 @@ def test_every_way_to_start_a_run_is_found():
         "python 02_train.py --n_head 0",
         "python 04_maxtext.py run --seed 1",
         "python 02_train.py --trials 3",
+        "python 02_train.py --preflight v6e",  # 05_preflight.py has replaced it
+        "python 05_preflight.py 02_train.py v6e:2*4",
+        "python 05_preflight.py 02_train.py v6e --n_heads 6",
         "python 05_nothing.py",
         "~/venv/bin/python 04_maxtext.py --presets v6e_8",
     ],
@@ -102,7 +119,7 @@ def test_a_wrong_command_is_refused(line):
 
 def test_a_missing_file_is_named():
     text = "[a](nothing.md) [b](../README.md) [c](https://x.org/y) `bash cloud/none.sh` -r requirement.txt"
-    assert missing_files("cloud/README.md", text) == ["nothing.md", "cloud/none.sh", "requirement.txt"]
+    assert missing_files("cloud/host.md", text) == ["nothing.md", "cloud/none.sh", "requirement.txt"]
 
 
 def test_host_script():

@@ -293,6 +293,37 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+# %% What the kernels can take tags=["shared"] cellView="form"
+# @title What the kernels can take
+def check_block_size(block_size, seq_len):
+    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def fits_vmem(T, H):
+    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_attention(config):
+    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
+    impl = config.attn_impl
+    if impl in ("splash", "pallas"):
+        check_block_size(config.splash_block_size, config.seq_len)
+    if impl == "pallas":
+        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
+        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
+    if impl == "fused":
+        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
+        rule += "at most 4096·128; or set attn_impl='splash'"
+        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
+
+
 # %% Options of every run tags=["shared"]
 IMPLS = "auto", "einsum", "jax", "splash", "pallas", "fused"
 FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
@@ -748,37 +779,6 @@ def attend(config, q, k, v, T, window):
         return merge_heads(attention(q, k, v, window=window, impl=impl, block_size=config.splash_block_size))
 
     return per_device(config, on_one_device)(q, k, v)
-
-
-# %% What the kernels can take tags=["shared"] cellView="form"
-# @title What the kernels can take
-def check_block_size(block_size, seq_len):
-    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
-    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
-    block = min(block_size, seq_len)
-    require(
-        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
-        f"must be a multiple of 128 that divides seq_len={seq_len}",
-    )  # fmt: skip
-
-
-def fits_vmem(T, H):
-    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
-    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
-
-
-def check_attention(config):
-    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
-    impl = config.attn_impl
-    if impl in ("splash", "pallas"):
-        check_block_size(config.splash_block_size, config.seq_len)
-    if impl == "pallas":
-        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
-        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
-    if impl == "fused":
-        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
-        rule += "at most 4096·128; or set attn_impl='splash'"
-        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
 
 
 # %% Try it: the attentions agree tags=["run"]
@@ -2704,7 +2704,7 @@ class RunLog:
         self.write(step, **self.last)
         if IN_NOTEBOOK and not self.quiet and time.perf_counter() - self.drawn > 200 * self.drawing:  # 0.5% of the time
             self.draw()
-        self.smooth = metrics["loss"] if self.smooth is None else 0.9 * self.smooth + 0.1 * metrics["loss"]
+        self.smooth = metrics["loss"] if self.smooth is None else 0.8 * self.smooth + 0.2 * metrics["loss"]
         if rates["tokens_per_second"]:
             left = datetime.timedelta(seconds=round(self.seconds / self.steps * (total - step - 1)))
             line = f"loss {metrics['loss']:.3f}, smoothed {self.smooth:.3f}, lr {metrics['learning_rate']:.1e}, "

@@ -48,7 +48,7 @@
 # Colab secret or an environment variable, only raises the Hub's rate limits. The collapsed cells define what every cell
 # below relies on: imports, errors, and the settings of XLA that must precede the first computation.
 
-# %% Install what is missing tags=["shared"] cellView="form"
+# %% Install what is missing cellView="form" tags=["shared"]
 # @title Install what is missing
 import importlib.metadata
 import importlib.util
@@ -83,7 +83,7 @@ install(
     "tqdm",
 )  # fmt: skip
 
-# %% Environment tags=["shared"] cellView="form"
+# %% Environment cellView="form" tags=["shared"]
 # @title Environment
 import argparse
 import base64
@@ -179,7 +179,7 @@ def in_background(function):
     return future
 
 
-# %% JAX and XLA tags=["shared"] cellView="form"
+# %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
 import jax
 
@@ -240,7 +240,7 @@ def cpu_fact(name):
 # free one. A resumed run may change those declared by `runtime(…)` (compiled) and `host(…)` (free).
 
 
-# %% Options tags=["shared"] cellView="form"
+# %% Options cellView="form" tags=["shared"]
 # @title Options
 def option(default, help, rule=("", lambda value: True), *, compiled=True, resume=False):
     """Returns a dataclass field of a Config. `rule`: a sentence, and a function that says whether a value obeys it.
@@ -293,7 +293,7 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-# %% What the kernels can take tags=["shared"] cellView="form"
+# %% What the kernels can take cellView="form" tags=["shared"]
 # @title What the kernels can take
 def check_block_size(block_size, seq_len):
     """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
@@ -1115,7 +1115,7 @@ def put(config, tree, *spec):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), tree)
 
 
-# %% Devices of the mesh tags=["shared"] cellView="form"
+# %% Devices of the mesh cellView="form" tags=["shared"]
 # @title Devices of the mesh
 def arrange(config, devices):
     """Returns the devices of the mesh, np.array [data, fsdp], each group close together in the TPU's torus.
@@ -1671,7 +1671,7 @@ def train(config, report=None):
 # again, transposed (keys × queries), so that a query's statistics are a row of lanes; only dq needs a transpose. On a
 # v6e the reference needs 0.44 ms a layer, and 1.1 ms with splash and XLA's copies (estimated by the compiler; LOG.md).
 
-# %% Fused attention: arithmetic tags=["shared"] cellView="form"
+# %% Fused attention: arithmetic cellView="form" tags=["shared"]
 # @title Fused attention: arithmetic
 VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
 
@@ -1724,7 +1724,7 @@ def wide_tables(T, H):
     return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
 
 
-# %% Fused attention: kernels tags=["shared"] cellView="form"
+# %% Fused attention: kernels cellView="form" tags=["shared"]
 # @title Fused attention: kernels
 def forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, lse_ref, keys_ref, *, window, group):
     """One head of one sequence. q, k, v, y: [T, H]; lse: [1, 1, T]; keys: VMEM for the rotated keys."""
@@ -1810,7 +1810,7 @@ def fused_call(kernel, inputs, outputs, tables, window, scratch):
         return call(*inputs, *tables)
 
 
-# %% Fused attention tags=["shared"] cellView="form"
+# %% Fused attention cellView="form" tags=["shared"]
 # @title Fused attention
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def fused_attention(q, k, v, T, H, window):
@@ -1843,7 +1843,7 @@ fused_attention.defvjp(fused_forward, fused_backward)
 # public-domain English. **The last shard is validation**, whatever `num_shards` is. A shard counts only when its
 # SHA-256 is the Hub's.
 
-# %% Tokenizer format tags=["shared"] cellView="form"
+# %% Tokenizer format cellView="form" tags=["shared"]
 # @title Tokenizer format
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
 SPLIT_PATTERN = (
@@ -1897,7 +1897,7 @@ def token_bytes(tokenizer):
     return lengths
 
 
-# %% Train a tokenizer tags=["shared"] cellView="form"
+# %% Train a tokenizer cellView="form" tags=["shared"]
 # @title Train a tokenizer
 def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000):
     """Returns a byte-level BPE of `vocab_size` tokens, special ones included, trained on at most `max_chars`.
@@ -1933,7 +1933,7 @@ def tokenizer_folder(config, first_shard):
     return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
 
 
-# %% Find the tokenizer tags=["shared"] cellView="form"
+# %% Find the tokenizer cellView="form" tags=["shared"]
 # @title Find the tokenizer
 def find_tokenizer(config, first_shard):
     """Returns the tokenizer of config.dataset: a local one (beside the shards, or from 01_tokenizer.py), else that of
@@ -1962,7 +1962,7 @@ def find_tokenizer(config, first_shard):
     return tokenizer
 
 
-# %% Hub tags=["shared"] cellView="form"
+# %% Hub cellView="form" tags=["shared"]
 # @title Hub
 HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
 
@@ -2037,7 +2037,7 @@ def hub_download(repo_id, filename, repo_type="dataset"):
     return ask_hub(f"{filename} of {repo_id}", download)
 
 
-# %% Shards tags=["shared"] cellView="form"
+# %% Shards cellView="form" tags=["shared"]
 # @title Shards
 def on_hub(dataset):
     """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
@@ -2096,7 +2096,7 @@ def list_shards(config):
     return shards[:-1][: None if config.num_shards == -1 else config.num_shards], shards[-1]
 
 
-# %% Read documents tags=["shared"] cellView="form"
+# %% Read documents cellView="form" tags=["shared"]
 # @title Read documents
 DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
 
@@ -2144,7 +2144,7 @@ def read_documents(path, start=0):
 # the same order; the first one logs, writes and uploads.
 
 
-# %% Several hosts tags=["shared"] cellView="form"
+# %% Several hosts cellView="form" tags=["shared"]
 # @title Several hosts
 def join_hosts():
     """Joins the processes of all hosts where TPUCHAT_HOSTS=many asks for it, before jax looks for devices."""
@@ -2207,7 +2207,7 @@ def check_alike(*values):
 # A run folder holds `config.json`, `metrics.jsonl`, TensorBoard's events, `samples.txt`, `loss.png`, `profile/` and
 # `checkpoints/`. Start an unfinished run again and it goes on; a finished one is left, and `runs/demo-2` is next.
 
-# %% Checkpoints tags=["shared"] cellView="form"
+# %% Checkpoints cellView="form" tags=["shared"]
 # @title Checkpoints
 LOGS = "metrics.jsonl", "samples.txt"  # a checkpoint has them as they were: a resumed run writes on from there
 
@@ -2350,7 +2350,7 @@ def load_checkpoint(path, config):
     return state._replace(hyper=put(config, hyperparams(config))), meta
 
 
-# %% Checkpoints in the background tags=["shared"] cellView="form"
+# %% Checkpoints in the background cellView="form" tags=["shared"]
 # @title Checkpoints in the background
 class Checkpointer:
     """Writes checkpoints, and copies them to config.backup, in the background.
@@ -2431,7 +2431,7 @@ def restore_backup(config, run):
             (run / "config.json").write_text(json.dumps(newest[1]["config"], indent=2), encoding="utf-8")
 
 
-# %% Run folder tags=["shared"] cellView="form"
+# %% Run folder cellView="form" tags=["shared"]
 # @title Run folder
 def keep_step_size(config, meta):
     """Returns config with steps of as many tokens as those of the run that it resumes, also on other devices."""
@@ -2530,7 +2530,7 @@ def plot_loss(run):
 # resumed run goes on with it, on whatever machine.
 
 
-# %% Sinks tags=["shared"] cellView="form"
+# %% Sinks cellView="form" tags=["shared"]
 # @title Sinks
 def file_sink(run):
     """Returns a sink that appends to metrics.jsonl and samples.txt."""
@@ -2623,7 +2623,7 @@ def wandb_sink(live):
     return write
 
 
-# %% Log tags=["shared"] cellView="form"
+# %% Log cellView="form" tags=["shared"]
 # @title Log
 class Diverged(InputError):
     """The loss or the gradient of a step is NaN or infinite."""
@@ -2747,7 +2747,7 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
-# %% Training tags=["shared"] cellView="form"
+# %% Training cellView="form" tags=["shared"]
 # @title Training
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
 
@@ -2977,7 +2977,7 @@ class Training:
         }  # fmt: skip
 
 
-# %% Banner and summary tags=["shared"] cellView="form"
+# %% Banner and summary cellView="form" tags=["shared"]
 # @title Banner and summary
 def describe_params(counts):
     """Returns '3.7M parameters (embed 1.0, …)' of what count_params returns."""
@@ -3029,7 +3029,7 @@ def show_summary(summary):
     print(f"files   {summary['run_dir']}: {files}")
 
 
-# %% Command line tags=["shared"] cellView="form"
+# %% Command line cellView="form" tags=["shared"]
 # @title Command line
 def parse_args(argv, config, epilog=""):
     """Returns `config` with the `--field value` pairs of argv. --help lists all. Raises InputError for a wrong one."""
@@ -3091,7 +3091,7 @@ with one_line_errors():
 # runtime.
 
 
-# %% Memory of a step tags=["shared"] cellView="form"
+# %% Memory of a step cellView="form" tags=["shared"]
 # @title Memory of a step
 def memory_of_step(config):
     """Returns the bytes that train_step takes on a device, by its compiler: state, batch and temporaries."""
@@ -3138,7 +3138,7 @@ if jax.process_count() > 1:
 # learned nothing.
 
 
-# %% Compressors tags=["shared"] cellView="form"
+# %% Compressors cellView="form" tags=["shared"]
 # @title Compressors
 def compressor_bpb(text):
     """Returns the bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
@@ -3167,7 +3167,7 @@ for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.it
 # each token of a passage cost. Beginnings of names and of sentences are red, their ends are pale.
 
 
-# %% Positions and surprise tags=["shared"] cellView="form"
+# %% Positions and surprise cellView="form" tags=["shared"]
 # @title Positions and surprise
 def plot_positions(by_position, path):
     """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
@@ -3264,7 +3264,7 @@ with one_line_errors():
 # host is in `wait for data` or in Python, or small copies stand between the matmuls. `python 05_preflight.py
 # 02_train.py --trace runs/train` prints the time of each part as a table, beside the compiler's estimate.
 
-# %% TensorBoard's server tags=["shared"] cellView="form"
+# %% TensorBoard's server cellView="form" tags=["shared"]
 # @title TensorBoard's server
 # xprof needs a newer protobuf than Colab's, so pip installs it into a folder that only the server's process sees. To
 # that process tensorflow is as if it were not installed.

@@ -12,8 +12,8 @@ A notebook is a jupytext percent script, `NN_name.py` in the root folder. The .p
     title. The tool copies its source and tags into the other notebooks, where the cell is collapsed.
   - The repository's address, `[tool.tpuchat] github = "owner/repo"` in pyproject.toml. The tool finds our addresses by
     their use: in a Colab link to one of our notebooks, or in `GITHUB = "owner/repo"`. It rewrites these, and links to
-    the same owner/repo on github.com and raw.githubusercontent.com, in the notebooks and the *.md files of the root
-    folder. All other links stay.
+    the same owner/repo on github.com and raw.githubusercontent.com, in the notebooks, the *.md files of the root
+    folder, and docs/. All other links stay.
 
 A collapsed cell has a marker with `cellView="form"`, which Colab reads, and begins with its title as a comment:
 
@@ -218,8 +218,9 @@ def address(texts, slug):
 
 
 def expected(root):
-    """Returns {file name: text}, as it should be, of every notebook and of the *.md files of the root folder."""
-    texts = {path.name: read_text(path) for path in sorted([*root.glob("[0-9]*.py"), *root.glob("*.md")])}
+    """Returns {file name: text}, as it should be, of the notebooks, of *.md in the root folder, and of docs/."""
+    paths = sorted([*root.glob("[0-9]*.py"), *root.glob("*.md"), *root.glob("docs/**/*.md")])
+    texts = {path.relative_to(root).as_posix(): read_text(path) for path in paths}
     texts = address(texts, github(root))
     texts |= stamp({name: text for name, text in texts.items() if name.endswith(".py")})
     texts |= {name.replace(".py", ".ipynb"): build(name, text) for name, text in texts.items() if name.endswith(".py")}

@@ -24,21 +24,23 @@
 # # Train a tokenizer
 #
 # A language model reads numbers. This notebook makes the table that turns text into them: byte-level BPE, 32,768
-# tokens, trained on two billion characters of FineWeb-Edu in some minutes. It needs no accelerator, so run it on a
-# free CPU runtime and save the TPU for `02_train`. Where there is no network it does the same on the 12 MB of English
-# that come with the repository, with 4,096 tokens, in seconds. Press *Run all*.
+# tokens, trained on two billion characters of FineWeb-Edu in some minutes. It needs no accelerator: run it on a free
+# CPU runtime and save the TPU for `02_train`. Without a network it trains the demo, 4,096 tokens on the 12 MB of
+# English that come with the repository, in seconds. Press *Run all*.
 #
-# You get the tokenizer as two small text files, proof that no byte is ever lost, a comparison with the tokenizers of
-# GPT-2 and GPT-4, and a look at what was learned. No account is needed; with a token of the Hugging Face Hub and a
-# repo of yours, the tokenizer is uploaded, and `02_train` finds it from any machine.
+# - **Part I, the essay**: config → BPE → training → round trip → compression → what it learned → upload. Most sections
+#   end with a cell that tries their functions on three sentences.
+# - **Part II, the machinery**: shards, the Hub, the command line. `02_train` has the same cells; they are collapsed.
+# - **Part III, run**: train the tokenizer, check that no byte is lost, compare it with those of GPT-2 and GPT-4.
 
 # %% [markdown]
 # ## Setup
 #
-# The install cell adds only what the runtime lacks. `HF_TOKEN`, as a Colab secret or an environment variable, raises
-# the Hub's rate limits and allows the upload.
+# The first cell installs what the runtime lacks. No account is needed: `HF_TOKEN`, as a Colab secret or an environment
+# variable, raises the Hub's rate limits and allows the upload. Collapsed: imports, errors, progress bars.
 
-# %% Install what is missing tags=["shared"]
+# %% Install what is missing cellView="form" tags=["shared"]
+# @title Install what is missing
 import importlib.metadata
 import importlib.util
 import re
@@ -48,20 +50,19 @@ import tempfile
 
 
 def install(*packages):
-    """In a notebook, installs those of the packages that the runtime lacks. A constraints file pins every installed
-    version, so that pip replaces none."""
+    """Installs, in a notebook, the packages that the runtime lacks. Pins all installed versions: pip replaces none."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing or "get_ipython" not in globals():
         return
     print("installing", *missing)
-    here = {}
+    pins = {}
     for package in importlib.metadata.distributions():
         name, version = package.name, package.version
         # pip refuses versions such as Debian's own 2.22.1ubuntu1.
         if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
-            here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # of two, the first in the path is in use
+            pins.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first in the path is the one in use
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items()))
+        constraints.write("".join(f"{name}=={version}\n" for name, version in pins.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
         subprocess.run(command, check=True)
@@ -70,29 +71,44 @@ def install(*packages):
 # %% Install tags=["run"]
 install("numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "matplotlib", "tqdm")
 
-# %% Imports
+# %% Environment cellView="form" tags=["shared"]
+# @title Environment
 import argparse
 import base64
+import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
+import datetime
 import difflib
-import errno
 import functools
 import hashlib
+import html
+import importlib.machinery
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import math
+import netrc
 import os
-import random
+import platform
+import queue
 import re
 import resource
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.request
-import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -100,19 +116,18 @@ import pyarrow.parquet as pq
 import tiktoken
 from tqdm import tqdm
 
-# %% Environment tags=["shared"]
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
-warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
 
 
 class InputError(ValueError):
-    """Something that a person gave is wrong: a Config value, a file, a checkpoint. The message is one line that says
-    what was wrong, the value, and what to do. As a script, it is printed to stderr and the exit status is 2."""
+    """A wrong input: a Config value, a file, a checkpoint. The message is one line: what was wrong, the value, and what
+    to do. A script prints it to stderr and exits with status 2."""
 
 
 def get_secret(name):
-    """A secret by name, or None: Colab's secrets panel first, then the environment. Never required."""
+    """Returns a secret, or None: from Colab's secrets panel, else from the environment."""
     try:
         from google.colab import userdata
 
@@ -122,30 +137,24 @@ def get_secret(name):
     return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
-def someone_watches():
-    """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
-    return IN_NOTEBOOK or sys.stderr.isatty()
-
-
-def bar_file():
-    """Where a progress bar is written to: a notebook shows what comes on stderr in red."""
-    return sys.stdout if IN_NOTEBOOK else sys.stderr
+def progress_bar(*args, **options):
+    """Returns a tqdm bar, silent in a log file. A notebook shows stderr in red, so there the bar goes to stdout."""
+    shown = IN_NOTEBOOK or sys.stderr.isatty()
+    return tqdm(*args, disable=not shown, file=sys.stdout if IN_NOTEBOOK else sys.stderr, **options)
 
 
 def cache_dir():
-    """Where what takes long to make or to get stays between runs."""
+    """Returns ~/.cache/tpuchat: tokenizers, downloads, compiled programs."""
     return Path.home() / ".cache" / "tpuchat"
 
 
-def format_time(seconds):
-    """'1:02:03' or '2:03'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def first_line(error):
+    """Returns the first line of an exception's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def in_background(function):
-    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
+    """Returns a Future of function(), run in a daemon thread: unlike a pool's, it does not keep the process alive."""
     future = concurrent.futures.Future()
 
     def run():
@@ -159,169 +168,127 @@ def in_background(function):
 
 
 # %% [markdown]
+# # Part I: the essay
+#
 # ## Config
 #
-# 32,768 tokens is what a model of a few hundred million parameters can afford: the embedding and the head have a row
-# for each token, 67 of the reference model's 268 million parameters. A larger vocabulary would pack more bytes into a
-# token and learn each row more slowly. Two billion characters are far more than the merges need to settle, and cost
-# little.
+# `option(default, help, rule)` declares a field. 32,768 tokens is what a model of a few hundred million parameters can
+# afford: the embedding and the head have a row for each token, 67 of the reference model's 268 million parameters. A
+# larger vocabulary packs more bytes into a token, and learns each row more slowly.
 
 
-# %% Config helpers tags=["shared"]
-def free(default):
-    """A Config field that is not part of the compiled program: changing it compiles nothing."""
-    return dataclasses.field(default=default, compare=False)
+# %% Options cellView="form" tags=["shared"]
+# @title Options
+def option(default, help, rule=("", lambda value: True), *, compiled=True, resume=False):
+    """Returns a dataclass field of a Config. `rule`: a sentence, and a function that says whether a value obeys it.
+    `compiled=False`: changing it compiles nothing. `resume`: a resumed run may change it."""
+    metadata = {"help": help, "rule": rule, "resume": resume}
+    return dataclasses.field(default=default, compare=compiled, metadata=metadata)
+
+
+free = functools.partial(option, compiled=False)
+runtime = functools.partial(option, resume=True)
+host = functools.partial(option, compiled=False, resume=True)
+
+POSITIVE = "must be positive", lambda value: value > 0
+POSITIVE_OR_AUTO = "must be positive, or -1 for the default rule", lambda value: value > 0 or value == -1
+NOT_NEGATIVE = "must not be negative", lambda value: value >= 0
+BELOW_ONE = "must lie in [0, 1)", lambda value: 0 <= value < 1
+SHARE = "must lie in [0, 1]", lambda value: 0 <= value <= 1
+
+
+def one_of(*choices):
+    return f"must be one of {', '.join(choices)}", lambda value: value in choices
+
+
+def at_least(least, why):
+    return f"must be at least {least}: {why}", lambda value: value >= least
 
 
 def require(ok, name, value, rule):
-    """Raises an InputError that names the Config field, its value and the rule that it breaks, unless `ok`."""
+    """Raises an InputError that names the field, its value and the rule that it breaks, unless `ok`."""
     if not ok:
         raise InputError(f"{name}={value!r}: {rule}")
 
 
-def type_name(field):
-    """'int', or 'str | tuple'."""
-    return getattr(field.type, "__name__", str(field.type))
-
-
-def check_types(config):
-    """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
+def check_options(config):
+    """Raises InputError for a field that is not of its type (an int serves as a float) or breaks its rule."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kinds = (int, float) if field.type is float else field.type
-        require(
-            isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
-            f"must be of type {type_name(field)}, not {type(value).__name__}",
-        )  # fmt: skip
-        if field.type is int:
-            require(abs(value) < 2**63, field.name, value, "must be below 2^63")
+        value, kinds = getattr(config, field.name), (int, float) if field.type is float else field.type
+        rule = f"must be of type {getattr(field.type, '__name__', field.type)}, not {type(value).__name__}"
+        require(isinstance(value, kinds) and not isinstance(value, bool), field.name, value, rule)
         if field.type is float:
-            largest = float(np.finfo(np.float32).max)
-            require(abs(value) <= largest, field.name, value, f"must be a finite number up to {largest:.1e}")  # no NaN
+            require(abs(value) <= 3.4e38, field.name, value, "must be a finite number that float32 holds")  # no NaN
             object.__setattr__(config, field.name, float(value))
+        sentence, holds = field.metadata["rule"]
+        require(holds(value), field.name, value, sentence)
+
+
+def suggest(name, known):
+    """Returns ', did you mean X?', or ''."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
 
 
 # %% Config
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """All choices of this notebook. `Config()` is the reference tokenizer; wrong values raise InputError."""
+    """All choices of this notebook. `Config()` is the reference tokenizer. Raises InputError for a wrong value."""
 
-    vocab_size: int = 32768  # the nine special tokens included
-    max_chars: int = 2_000_000_000  # read at most so many
-    doc_chars: int = 10_000  # of each document use at most so many: a long one should not outweigh a hundred others
-    dataset: str = "karpathy/fineweb-edu-100b-shuffle"  # 'embedded', a folder of parquet shards, or a Hub dataset
-    num_shards: int = 8  # train on at most so many shards, from the first; -1 = all but the last, which validates
-    hf_repo_id: str = ""  # your own Hub repo, owner/name, to upload to; made if it is not there
-    run_dir: str = "runs/tokenizer"  # for the pictures
+    vocab_size: int = option(32768, "tokens, special ones included", at_least(265, "256 bytes and 9 special tokens"))
+    max_chars: int = option(2_000_000_000, "characters to train on, at most", POSITIVE)
+    doc_chars: int = option(10_000, "characters of a document, at most: a long one should not outweigh many", POSITIVE)
+    dataset: str = option(
+        "karpathy/fineweb-edu-100b-shuffle", "'embedded', a folder of parquet shards, or a dataset of the Hub"
+    )
+    num_shards: int = option(8, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
+    hf_repo_id: str = option("", "your own Hub repo, owner/name, to upload to; made if it is not there")
+    run_dir: str = option("runs/tokenizer", "the folder for the picture")
 
     def __post_init__(self):
-        check_types(self)
-        check_vocab_size(self.vocab_size)
-        for name in ("max_chars", "doc_chars"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        require(self.num_shards == -1 or self.num_shards > 0, "num_shards", self.num_shards, "must be positive, or -1")
+        check_options(self)
 
     def replace(self, **changes):
-        """A copy with some fields changed, validated again."""
+        """Returns a copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def demo(cls):
-        """The embedded corpus: seconds, without network."""
+        """Returns a small tokenizer of the embedded corpus: seconds, without network."""
         return cls(vocab_size=4096, dataset="embedded", run_dir="runs/tokenizer-demo")
 
     @classmethod
     def for_network(cls):
-        """The reference where its shards are here or the Hub answers, else the demo."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        """Returns the reference where its shards are in the cache or the Hub answers, else the demo."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
         config = cls()
         train, validation = list_shards(config)
-        if all(cached_shard(*fetch.args) for fetch in (*train, validation)):
+        files = [shard.args for shard in (*train, validation)]  # (repo, file name)
+        if all(isinstance(try_to_load_from_cache(*file, repo_type="dataset"), str) for file in files):
             return config
-        repo_id, name = train[0].args
         try:
-            get_hf_file_metadata(hf_hub_url(repo_id, name, repo_type="dataset"), timeout=5)
-        except Exception as error:  # a refusal is an answer, too, and will be explained when the shards are fetched
-            if getattr(error, "response", None) is None:
+            get_hf_file_metadata(hf_hub_url(*files[0], repo_type="dataset"), token=False, timeout=5)
+        except Exception as error:
+            if getattr(error, "response", None) is None:  # a refusal is an answer; the download will explain it
                 print(f"the Hugging Face Hub does not answer ({type(error).__name__}): this will be the demo")
                 return cls.demo()
         return config
 
 
-# %% Config from the command line tags=["shared"]
-def suggest(name, known):
-    """', did you mean X?', or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def parse_args(argv, config, epilog=""):
-    """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
-    parser = argparse.ArgumentParser(
-        description="Every option is a Config field; without options the Config fits the machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, epilog=epilog,
-    )  # fmt: skip
-
-    def refuse(message):  # argparse would print the usage, a screenful
-        raise InputError(f"{message} (--help lists the fields)")
-
-    parser.error = refuse
-    fields = dataclasses.fields(config)
-    for field in fields:
-        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=type_name(field))
-    given, rest = parser.parse_known_args(argv)
-    if rest:
-        name = rest[0].lstrip("-").split("=")[0]
-        raise InputError(
-            f"unknown option {rest[0]!r}{suggest(name, [f.name for f in fields])} (--help lists the fields)"
-        )
-    changes = {}
-    for field in fields:
-        value = getattr(given, field.name)
-        if isinstance(value, str) and field.type in (int, float):
-            try:
-                value = field.type(value)
-            except ValueError:
-                raise InputError(f"{field.name}={value!r}: must be of type {field.type.__name__}") from None
-        changes[field.name] = value
-    return config.replace(**changes)
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """As a script, an InputError is one line on stderr and exit status 2; in a notebook it is raised as it is."""
-    try:
-        yield
-    except InputError as error:
-        if IN_NOTEBOOK:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if seconds := os.environ.get("TPUCHAT_LEAVE_AFTER"):  # one of several hosts: a proper end waits for all others
-            time.sleep(float(seconds))
-            os._exit(2)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        if IN_NOTEBOOK:
-            raise
-        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 # %% [markdown]
-# ## Tokenizer
+# ## Byte-level BPE
 #
-# BPE in three lines: cut the text into words; count the pairs of neighbouring tokens inside the words; make a new
-# token of the most frequent pair, and count again. The first tokens are the 256 bytes, so whatever the bytes, there is
-# a way to write them. No merge crosses a cut, and that is what the split pattern is for: it keeps "dog", "dog." and
-# "dog!" from becoming three tokens, and long numbers from becoming thousands.
+# BPE ([Sennrich et al. 2016](https://arxiv.org/abs/1508.07909)) cuts the text into words, counts the pairs of
+# neighbouring tokens within words, makes the most frequent pair a new token, and counts again. The first 256 tokens are
+# the bytes, so any text can be written. Encoding repeats the merges in the order in which they were learned.
 #
-# The nine special tokens never come out of text. `<|bos|>` opens each document in pretraining; the others mark the
-# turns of a conversation and the calls of a tool, for those who go on to finetune. The files are tiktoken's own text
-# format (base64 token, rank) and a small JSON with the pattern and the special tokens: nothing is pickled, and each
-# can be read in an editor.
+# No merge crosses the border of a word. The split pattern decides where words end: it keeps "dog", "dog." and "dog!"
+# from becoming three tokens, and long numbers from becoming thousands. The nine special tokens never come out of text:
+# `<|bos|>` opens each document in pretraining, the others mark turns and tools for those who finetune.
 
-# %% Tokenizer format tags=["shared"]
+# %% Tokenizer format cellView="form" tags=["shared"]
+# @title Tokenizer format
 # GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -333,496 +300,196 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 
-def check_vocab_size(vocab_size):
-    """InputError if there is no room for a token for each byte and the special tokens."""
-    least = 256 + len(SPECIAL_TOKENS)
-    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
-
-
 def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
-    """A tiktoken.Encoding from `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
+    """Returns a tiktoken.Encoding of `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
     special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
     return tiktoken.Encoding("tpuchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def save_tokenizer(tokenizer, folder):
-    """Writes tokenizer.tiktoken and, last and at once, tokenizer.json to `folder`: without the second there is none."""
-    folder = Path(folder)
+    """Writes tokenizer.tiktoken and then, atomically, tokenizer.json: a folder without the second has no tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
+    (folder / "tokenizer.tiktoken").write_text("".join(lines), encoding="utf-8")
     special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
     meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
-    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
 
 
-# Characters of all kinds, spaces and line ends in company: what a pattern does not match would be lost without a word.
-PROBE = "It's  2026 —\r\n\n\tdef f(x): \n  return x! 東京🙂 " + "".join(map(chr, range(0x3000)))
-
-
 def load_tokenizer(folder):
-    """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
-    folder = Path(folder)
+    """Returns the tokenizer that save_tokenizer wrote. Raises InputError if a file is missing or damaged."""
     try:
-        meta = json.loads((folder / "tokenizer.json").read_text())
-        pairs = [line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+        meta = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        lines = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8").splitlines()
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
+        if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
-        special = meta["special_tokens"]
-        if "<|bos|>" not in special or len(set(special)) < len(special):
-            raise ValueError("the special tokens must be different, with <|bos|> among them")
-        tokenizer = make_tokenizer(ranks, meta["pattern"], special)
-        if tokenizer.decode(tokenizer.encode_ordinary(PROBE)) != PROBE:
-            raise ValueError("its pattern leaves characters out")
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tiktoken panics, which is no Exception, if a pattern matches the empty string
+        if "<|bos|>" not in meta["special_tokens"]:
+            raise ValueError("<|bos|> must be among the special tokens")
+        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
+    except Exception as error:
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
 
 
 def token_bytes(tokenizer):
-    """UTF-8 bytes that each token id stands for, int32 `[n_vocab]`; special tokens stand for none."""
+    """Returns the UTF-8 bytes that each token id stands for, int32 [n_vocab]; special tokens stand for none."""
     lengths = np.zeros(tokenizer.n_vocab, np.int32)
     for token, rank in tokenizer._mergeable_ranks.items():
         lengths[rank] = len(token)
     return lengths
 
 
+# %% Try it: the split tags=["run"]
+if IN_NOTEBOOK:
+    import regex  # tiktoken depends on it
+
+    print("▏".join(regex.findall(SPLIT_PATTERN, "The dog didn't see 12345 dogs... did it?\n  def f(x): return x")))
+
+
+# %% BPE by definition
+def merge(word, pair, new):
+    """Returns `word`, a tuple of token ids, with each occurrence of `pair` replaced by the id `new`."""
+    merged = []
+    for token in word:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
+        else:
+            merged.append(token)
+    return tuple(merged)
+
+
+def bpe_by_definition(words, merges):
+    """Returns the tokens, as bytes, in the order of their ids: the 256 bytes, then one for each merge."""
+    counts = collections.Counter(tuple(word.encode()) for word in words)
+    tokens = [bytes([b]) for b in range(256)]
+    for _ in range(merges):
+        pairs = collections.Counter()
+        for word, count in counts.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # of equally frequent pairs, the one of older tokens
+        counts = {merge(word, best, len(tokens)): count for word, count in counts.items()}
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return tokens
+
+
 # %% [markdown]
-# Training is `rustbpe`'s: it counts words in parallel as they stream by, so that two billion characters never sit in
-# memory, and then merges on the table of different words. When the bar is full, the merging begins; it takes some more
-# seconds and says nothing.
+# The definition counts all pairs again for each merge. [rustbpe](https://github.com/karpathy/rustbpe) updates the
+# counts of the pairs that a merge changes, and learns the same tokens.
 
 
-# %% Train a tokenizer tags=["shared"]
-def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
-    """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
+# %% Train a tokenizer cellView="form" tags=["shared"]
+# @title Train a tokenizer
+def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000):
+    """Returns a byte-level BPE of `vocab_size` tokens, special ones included, trained on at most `max_chars`.
 
-    Of each document only the first `doc_chars` characters are used, so that one long document does not weigh more
-    than a hundred short ones. The texts stream through: what grows is the table of different words and their counts.
-    `expected_chars`, of whole documents, is where the progress bar ends. InputError if there is too little text.
+    Only the first `doc_chars` characters of a document count, so that a long one does not outweigh a hundred others.
+    Raises InputError if there is too little text.
     """
     import rustbpe
 
-    check_vocab_size(vocab_size)
-    merges = vocab_size - len(SPECIAL_TOKENS)
-    bar = tqdm(
-        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, leave=False,
-        disable=not someone_watches(), file=bar_file(),
-    )
+    merges, least = vocab_size - len(SPECIAL_TOKENS), 256 + len(SPECIAL_TOKENS)
+    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
 
     def stream():
         left = max_chars
         for text in texts:
-            bar.update(len(text))
             text = text[: min(doc_chars, left)]
             left -= len(text)
             yield text
             if left == 0:
                 break
-        bar.set_description("merging")
 
-    with bar:
-        trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < merges:
-        raise InputError(
-            f"vocab_size={vocab_size}: this text yields only {len(ranks)} tokens; give more text or ask for fewer"
-        )
+    hint = f"this text yields only {len(ranks)} tokens; give more text or ask for fewer"
+    require(len(ranks) >= merges, "vocab_size", vocab_size, hint)
     return make_tokenizer(ranks)
 
 
-# %% Where a tokenizer lies tags=["shared"]
 def tokenizer_folder(config, first_shard):
-    """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
+    """Returns the folder, on this machine, of the tokenizer that 01_tokenizer.py trains for config.dataset."""
     source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
     return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
 
 
-# %% [markdown]
-# ## Data: shards
-#
-# A dataset is a list of parquet shards with one `text` column. FineWeb-Edu comes from the Hugging Face Hub, already
-# shuffled, about 250M characters a shard; the embedded corpus, 12 MB of public-domain English, lies in the repository;
-# a folder of shards and any other Hub dataset (`owner/name`, or `owner/name/folder` for a part of it) work alike.
-# **The last shard is validation**, whatever `num_shards` is: a number that moves when you train on more data is not a
-# validation loss.
-#
-# Networks fail in ways that look like success: a proxy's error page saved as a shard, a cut connection, a file that is
-# full length and wrong. So a shard counts only when its SHA-256 is the one that the Hub gives; what may pass (a 500, a
-# cut) is tried again; and what does not pass ends in one line that names the shard, the cause and the remedy.
-
-# %% Hub tags=["shared"]
-HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
-
-
-class MissingFileError(InputError):
-    """A Hub repo is there, and has no such file."""
-
-
-def hub_token():
-    """The user's token, or None. Of a bad one the HTTP library would complain by quoting it."""
-    token = get_secret("HF_TOKEN")
-    if token and not re.fullmatch("[!-~]+", token):
-        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
-    return token
-
-
-def is_intact(path, etag=""):
-    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256, and
-    where there are no symbolic links to tell it, it is `etag`."""
-    digest = Path(os.readlink(path)).name if path.is_symlink() else etag
-    if len(digest) != 64:
-        return True
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
-
-
-def explain(error, repo_id, repo_type):
-    """(what a failed request to the Hub means, what to do about it)."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # what went wrong before the cache was asked
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
-    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo_id!r} is not the name of a repo", "a name has the form owner/name"
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return (
-            f"access is refused ({status})",
-            f"accept its terms on {page} and set HF_TOKEN to a token that may read it",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        hint = "" if repo_id in HUB_SHARDS else suggest(repo_id, HUB_SHARDS)
-        remedy = f"check the name{hint}; a private repo wants a valid HF_TOKEN"
-        return f"there is no such {repo_type} repo, or it is private ({status})", remedy
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return "the repo has no such file (404)", f"look for it on {page}"
-    if status == 429:
-        return "it limits the rate of requests (429)", "wait some minutes, or set HF_TOKEN: accounts have higher limits"
-    if status >= 500:
-        return f"it is in trouble ({status})", "try again later; what has been downloaded is kept"
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set", f"it is not in the cache, {constants.HF_HUB_CACHE}: unset it and download once"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error.strerror})", f"make room, or move {constants.HF_HOME}: set HF_HOME elsewhere"
-    if isinstance(error, OSError) and error.errno:
-        return reason, "set HF_HOME to a folder to write to"
-    return f"no connection, or a broken one ({reason})", "check the network, or use dataset='embedded'"
-
-
-def may_pass(error):
-    """Whether it makes sense to ask again: not where the Hub refuses, nothing is found, or a disk is full."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    final = isinstance(error, (errors.EntryNotFoundError, errors.HFValidationError)) or 400 <= status < 500
-    return not final and not getattr(error, "errno", None)  # EntryNotFoundError includes a HEAD tried often enough
-
-
-def ask_hub(what, repo_id, repo_type, call, attempts=1):
-    """call(), again if the reason for its failure may pass. InputError that names `what`, the cause and the remedy."""
-    from huggingface_hub import errors
-
-    for attempt in range(attempts):
-        try:
-            return call()
-        except InputError:
-            raise
-        except Exception as error:  # its client raises its own, those of its HTTP library, and OSError
-            if may_pass(error) and attempt < attempts - 1:
-                time.sleep(2**attempt)  # its client has its own patience with connections, not with a 500
-                continue
-            cause, remedy = explain(error, repo_id, repo_type)
-            missing = isinstance(error, errors.EntryNotFoundError) and "404" in cause
-            raise (MissingFileError if missing else InputError)(
-                f"cannot get {what} of {repo_id} from the Hugging Face Hub: {cause}; {remedy}"
-            ) from error
-
-
-def hub_download(repo_id, filename, repo_type="dataset"):
-    """The local path of a file of a Hub repo, in huggingface_hub's cache; downloaded if it is not there or outdated."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    def download():
-        watched = threading.current_thread() is threading.main_thread() and someone_watches()
-        (enable_progress_bars if watched else disable_progress_bars)()  # one bar at a time: in the background, none
-        path, etag = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=hub_token())), ""
-        if not path.is_symlink():
-            with contextlib.suppress(Exception):  # no network: then it is what an earlier process has checked
-                etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type), token=hub_token()).etag
-        if not is_intact(path, etag):
-            if path.is_symlink():
-                (path.parent / os.readlink(path)).unlink()
-            path.unlink()
-            raise ConnectionError("the SHA-256 of what arrived is not the Hub's")
-        return path
-
-    return ask_hub(filename, repo_id, repo_type, download, attempts=5)
-
-
-def hub_shard(repo_id, filename):
-    """The local path of a shard: a shard that is there and whole is used without asking the Hub."""
-    path = cached_shard(repo_id, filename)
-    return path if path and is_intact(path) else hub_download(repo_id, filename)
-
-
-def cached_shard(repo_id, filename):
-    """The path of a shard in the cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
-    return Path(path) if isinstance(path, str) else None
-
-
-# %% Shards tags=["shared"]
-EMBEDDED_SHARDS = 5
-
-
-def on_hub(dataset):
-    """Whether `dataset` names one of the Hub: one of ours, or neither 'embedded' nor a folder."""
-    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
-
-
-def embedded_folder():
-    """data/embedded of the repository: beside this file, else fetched from GitHub (a lone notebook in Colab)."""
-    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
-    if here.exists():
-        return here
-    folder = cache_dir() / "embedded"
-    names = [f"shard_{i:05d}.parquet" for i in range(EMBEDDED_SHARDS)]
-    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
-        if not (folder / name).exists():
-            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
-            try:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                partial, _ = urllib.request.urlretrieve(url, folder / f"{name}.part")
-            except OSError as error:
-                raise InputError(
-                    f"cannot get the embedded corpus from {url}: {error}; clone the repository instead"
-                ) from error
-            os.replace(partial, folder / name)
-    return folder
-
-
-def hub_listing(dataset):
-    """(repo, [file name of each shard]) of a Hub dataset. The list is kept, for when the Hub cannot be reached."""
-    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
-    if dataset in HUB_SHARDS:
-        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset):
-        raise InputError(
-            f"dataset={dataset!r}: must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face "
-            f"Hub: owner/name, such as {next(iter(HUB_SHARDS))}"
-        )
-    from huggingface_hub import HfApi
-
-    def ask():
-        api = HfApi(token=hub_token())
-        tree = api.list_repo_tree(repo_id, folder or None, recursive=True, repo_type="dataset")
-        return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
-
-    kept = cache_dir() / "listings" / f"{dataset.replace('/', '--')}.json"
-    try:
-        names = ask_hub(f"the list of shards{folder and ' in '}{folder}", repo_id, "dataset", ask)
-    except InputError:
-        with contextlib.suppress(OSError, ValueError):
-            return repo_id, json.loads(kept.read_text())
-        raise
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs no more than this
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(names))
-    return repo_id, names
-
-
-def list_shards(config):
-    """(fetchers of the training shards, fetcher of the validation shard); a fetcher returns the shard's local path."""
-    if on_hub(config.dataset):
-        repo_id, names = hub_listing(config.dataset)
-        fetchers = [functools.partial(hub_shard, repo_id, name) for name in names]
-    else:
-        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
-        fetchers = [functools.partial(Path, path) for path in sorted(folder.glob("*.parquet"))]
-    if len(fetchers) < 2:
-        raise InputError(
-            f"dataset={config.dataset!r}: has {len(fetchers)} parquet shards; it takes at least two, "
-            "the last one for validation"
-        )
-    *train, validation = fetchers
-    return train[: None if config.num_shards == -1 else config.num_shards], validation
-
-
-def announce_downloads(config, fetchers):
-    """Prints how much is to be downloaded, where to, and about how long that takes; nothing if all of it is here."""
-    if not on_hub(config.dataset):
-        return
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
-    absent = [fetch for fetch in fetchers if not cached_shard(*fetch.args)]
-    if not absent or constants.HF_HUB_OFFLINE:
-        return
-    repo_id, name = absent[0].args
-    url = hf_hub_url(repo_id, name, repo_type="dataset")
-    with contextlib.suppress(Exception):  # a courtesy: whatever is wrong, the download itself will say
-        size = get_hf_file_metadata(url, token=hub_token(), timeout=10).size
-        total = size * len(absent)
-        print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
-        print(f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, fetched ahead of use")
-        print(f"        into {constants.HF_HUB_CACHE}", flush=True)
-
-
-# %% [markdown]
-# A row of a shard is a document. A shard that is not what it should be is refused by name before one of its tokens is
-# used, not skipped: a training run that silently saw half of its data is worse than one that stopped.
-
-
-# %% Read documents tags=["shared"]
-DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
-
-
-def check_shard(path):
-    """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
-
-    Only the parquet footer is read: its statistics tell whether a text is null (null_count) or empty (the minimum).
-    """
-    try:
-        shard = pq.ParquetFile(path)
-        groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
-        doubtful = any(s.null_count or (s.has_min_max and s.min in ("", b"")) for s in statistics)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such shard") from None
-    except DAMAGED_PARQUET as error:
-        raise InputError(
-            f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
-        ) from error
-    columns = shard.schema_arrow.names
-    if "text" not in columns:
-        raise InputError(f"{path}: has no `text` column, only {', '.join(columns)}")
-    kind = shard.schema_arrow.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"{path}: its `text` column holds {kind}, not strings")
-    if shard.metadata.num_rows == 0:
-        raise InputError(f"{path}: holds no documents")
-    if doubtful:
-        for _ in read_documents(path):  # raises at the row in question
-            pass
-    return path
-
-
-def count_chars(path):
-    """Bytes of text in a shard, from its footer: about its characters."""
-    metadata = pq.read_metadata(path)
-    columns = [
-        metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in range(metadata.num_columns)
+# %% Try it: the first merges tags=["run"]
+if IN_NOTEBOOK:
+    sentences = [
+        "The cat sat on the mat.",
+        "The dog sat on the log; the cat saw the dog in 2026.",
+        "Hard words: don't, can't, thermodynamics!",
     ]
-    lengths = 4 * metadata.num_rows  # parquet puts its length before each text
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
+    toy = train_tokenizer(sentences, 256 + 12 + len(SPECIAL_TOKENS))
+    defined = bpe_by_definition([word for s in sentences for word in regex.findall(SPLIT_PATTERN, s)], merges=12)
+    print("first merges:", *(repr(token.decode()) for token in defined[256:]))
+    print("rustbpe has the same:", defined == sorted(toy._mergeable_ranks, key=toy._mergeable_ranks.get))
 
-
-def read_documents(path, start=0, step=1):
-    """Yields (row, text) of rows start, start + step, …, with one row group in memory at a time."""
-    shard, row = pq.ParquetFile(path), 0
-    for group in range(shard.num_row_groups):
-        rows = shard.metadata.row_group(group).num_rows
-        wanted = range(start - row if start > row else (start - row) % step, rows, step)
-        if wanted:
-            try:
-                column = shard.read_row_group(group, columns=["text"]).column("text")
-                texts = (column.take(pa.array(wanted)) if len(column) == rows and step > 1 else column).to_pylist()
-            except DAMAGED_PARQUET as error:
-                raise InputError(
-                    f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
-                ) from error
-            if len(column) != rows:
-                raise InputError(
-                    f"{path}: row group {group} has {len(column)} rows, not {rows}; delete it and get it again"
-                )
-            for i, text in zip(wanted, texts if step > 1 else texts[wanted.start :], strict=True):
-                if not text:
-                    raise InputError(
-                        f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
-                    )
-                yield row + i, text
-        row += rows
+# %% [markdown]
+# ## Train on shards
+#
+# A shard is a parquet file with a document in each row. The next shard is downloaded while one is read. The texts
+# stream through rustbpe, which counts words on all cores: memory holds the table of different words, never the text.
+# Merging begins when the last text is read; it takes some more seconds and does not move the bar.
 
 
 # %% Train on shards
-def make_folder(folder):
-    """`folder`, made if it is not there. InputError if it cannot be written to: better now than after the training."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder (run_dir, HOME)"
-        ) from error
-    return folder
-
-
 def fetch_ahead(shards):
-    """Yields the local path of each shard, checked, while the next one is on its way."""
-    following = [in_background(lambda: check_shard(shards[0]()))]
-    for shard in [*shards[1:], None]:
-        path = following.pop().result()
-        if shard:
-            following.append(in_background(lambda shard=shard: check_shard(shard())))
+    """Yields the local path of each shard, while the next one is being fetched."""
+    following = in_background(shards[0])
+    for shard in shards[1:]:
+        path, following = following.result(), in_background(shard)
         yield path
+    yield following.result()
 
 
 def train_on_shards(config):
-    """(tokenizer, its folder, path of the validation shard): trained on the shards of config.dataset, and saved."""
-    shards, fetch_validation = list_shards(config)
-    announce_downloads(config, [*shards, fetch_validation])
-    first = check_shard(shards[0]())
-    expected = count_chars(first) * len(shards)
-    if not on_hub(config.dataset):
-        expected = sum(count_chars(check_shard(fetch())) for fetch in shards)
-    folder = make_folder(tokenizer_folder(config, first))
+    """Returns (tokenizer, its folder, path of the validation shard): trained on config.dataset, and saved."""
+    shards, validation = list_shards(config)
+    source = ", downloaded where they are not in the cache" if on_hub(config.dataset) else ""
+    print(f"data: {len(shards)} shards of {config.dataset}, and one for validation{source}", flush=True)
+    counted = shards[:1] if source else shards  # those that give the length of the bar
+    documents = sum(pq.read_metadata(shard()).num_rows for shard in counted) * len(shards) // len(counted)
+    folder = make_folder(tokenizer_folder(config, shards[0]()))
     started = time.perf_counter()
-    texts = (text for path in fetch_ahead(shards) for _, text in read_documents(path))
-    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_chars, config.doc_chars, expected)
+    paths = itertools.islice(fetch_ahead([*shards, validation]), len(shards))  # the last is fetched, and not read
+    texts = (text for path in paths for _, text in read_documents(path))
+    with progress_bar(texts, "reading, then merging", documents, unit=" docs") as bar:
+        tokenizer = train_tokenizer(bar, config.vocab_size, config.max_chars, config.doc_chars)
     save_tokenizer(tokenizer, folder)
     seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     print(f"{tokenizer.n_vocab:,} tokens from {len(shards)} shards in {seconds:,.1f} s, peak {peak / 2**30:.2f} GiB")
-    print(f"in {folder}, where 02_train looks for it")
-    return tokenizer, folder, check_shard(fetch_validation())
+    print(f"in {Path('~') / folder.relative_to(Path.home())}, where 02_train looks for it")
+    return tokenizer, folder, validation()
 
 
 # %% [markdown]
-# ## Is anything lost?
+# ## Round trip
 #
-# A tokenizer that drops or changes one character poisons every run that uses it, and no loss curve will say so. So the
-# round trip is checked where it hurts: every document of the validation shard, source code, every code point of
-# Unicode, and bytes that are not text at all.
+# A tokenizer that drops or changes one character spoils every run that uses it, and no loss curve shows it. So decoding
+# what was encoded must return the text: for every document of the validation shard, for source code, for every code
+# point of Unicode, and for bytes that are not text.
 
 
 # %% Round trip
 def unicode_planes():
-    """Every code point that a text may hold, 17 texts: one for each plane, with a space after every 64 characters."""
+    """Yields every code point that a text may hold: 17 texts, one a plane, with a space after every 64 characters."""
     for plane in range(17):
         codes = [c for c in range(plane << 16, (plane + 1) << 16) if not 0xD800 <= c < 0xE000]  # no surrogates
         yield " ".join("".join(map(chr, codes[i : i + 64])) for i in range(0, len(codes), 64))
 
 
 def python_source():
-    """The source of a module that every Python has, 100 KB of ordinary code."""
+    """Returns the source of a module that every Python has, 100 KB of ordinary code."""
     return Path(argparse.__file__).read_text(encoding="utf-8")
 
 
 def check_round_trip(tokenizer, texts):
-    """(bytes, tokens) of all texts. InputError that names the first text that does not come back as it was."""
+    """Returns (bytes, tokens) of all texts. Raises InputError for the first text that does not come back unchanged."""
     n_bytes = n_tokens = 0
     for i, text in enumerate(texts):
         tokens = tokenizer.encode_ordinary(text)
@@ -832,10 +499,10 @@ def check_round_trip(tokenizer, texts):
     return n_bytes, n_tokens
 
 
-def check_bytes(tokenizer, seed=0):
-    """Bytes that are not UTF-8 survive, too: every pair of bytes, and a megabyte at random. Returns how many."""
-    data = bytes(itertools.chain.from_iterable(itertools.product(range(256), repeat=2)))
-    data += random.Random(seed).randbytes(2**20)
+def check_bytes(tokenizer):
+    """Returns the number of bytes, UTF-8 or not, that came back unchanged: every pair, and a megabyte at random."""
+    data = bytes(byte for pair in itertools.product(range(256), repeat=2) for byte in pair)
+    data += np.random.default_rng(0).bytes(2**20)
     for start in range(0, len(data), 1000):
         piece = data[start : start + 1000]
         if tokenizer.decode_bytes(tokenizer._encode_bytes(piece)) != piece:
@@ -844,35 +511,37 @@ def check_bytes(tokenizer, seed=0):
 
 
 def check_everything(tokenizer, validation):
-    """All round trips, with a line for each."""
-    started = time.perf_counter()
-    documents = (text for _, text in read_documents(validation))
-    total = pq.read_metadata(validation).num_rows
-    watched = {"disable": not someone_watches(), "leave": False, "file": bar_file()}
-    documents = tqdm(documents, "validation", total, unit=" docs", **watched)
-    n_bytes, n_tokens = check_round_trip(tokenizer, documents)
-    seconds = time.perf_counter() - started
-    print(
-        f"validation shard: {total:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens: all come back, {seconds:.1f} s"
-    )
+    """Runs all round trips and prints a line for each."""
+    started, total = time.perf_counter(), pq.read_metadata(validation).num_rows
+    texts = (text for _, text in read_documents(validation))
+    n_bytes, n_tokens = check_round_trip(tokenizer, progress_bar(texts, "validation", total, unit=" docs", leave=False))
+    words = f"{total:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens: all come back"
+    print(f"validation shard: {words}, {time.perf_counter() - started:.1f} s")
     print(f"code: {check_round_trip(tokenizer, [python_source()])[0]:,} bytes come back")
     print(f"Unicode, all 17 planes: {check_round_trip(tokenizer, unicode_planes())[0]:,} bytes come back")
     print(f"arbitrary bytes: {check_bytes(tokenizer):,} come back")
 
 
+# %% Try it: round trip tags=["run"]
+if IN_NOTEBOOK:
+    for text in ("The cat saw the naïve dog. 🙂", *sentences):
+        print(toy.decode_tokens_bytes(toy.encode_ordinary(text)))
+    print("bytes and tokens:", check_round_trip(toy, sentences))
+
 # %% [markdown]
-# ## Is it any good?
+# ## Compression
 #
-# The measure is **bytes per token**: at equal context and equal compute a model that gets more bytes from a token has
-# read more text. It is also why losses per token cannot be compared between tokenizers, and bits per byte can. The
-# rivals are GPT-2's tokenizer (50,257 tokens) and GPT-4's (100,277), if tiktoken can fetch them. A vocabulary is
-# good at what it has seen: trained on two billion characters of kernel documentation and a dictionary, ours packed 46%
-# more bytes into a token of such text than GPT-2's, and 4% more than GPT-4's with three times the tokens, and lost 8 to
-# 19% to GPT-4's on the English, code and maths below (LOG.md). Numbers cost it more by design: two digits a token,
-# where GPT-4 takes three.
+# The measure is **bytes per token**: at equal context and compute, a model that gets more bytes from a token has read
+# more text. Losses per token cannot be compared between tokenizers, bits per byte can. The rivals are GPT-2's tokenizer
+# (50,257 tokens) and GPT-4's (100,277), if tiktoken can fetch them.
+#
+# A vocabulary is good at what it has seen. Ours was trained on two billion characters of kernel documentation and a
+# dictionary. A token of such text took 46% more bytes than GPT-2's and 4% more than GPT-4's; of the English, code and
+# maths below, 8 to 19% fewer than GPT-4's (measured, LOG.md). Numbers cost more by design: two digits a token, where
+# GPT-4's tokenizer takes three.
 
-
-# %% Texts to compare on
+# %% Texts to compare on cellView="form"
+# @title Texts to compare on
 ENGLISH = """The harbour froze on the ninth of January, and for the first time in forty years people walked across it.
 By noon somebody had set up a stall that sold chestnuts; by evening there were lanterns, a fiddler and an argument
 about who owned the ice. Engineers from the university drilled a row of small holes and measured the thickness every
@@ -893,14 +562,9 @@ maximum or a minimum at some $\xi \in (a, b)$, and there $g'(\xi) = 0$. \end{pro
 12 + 34 = 46; 123 * 456 = 56088; 2^{10} = 1024; 1/7 = 0.142857142857..."""
 
 
-def texts_to_compare(validation, max_chars=10_000_000):
-    """{kind: [texts]}; of the validation shard its first documents, up to `max_chars` characters."""
-    sample, left = [], max_chars
-    for _, text in read_documents(validation):
-        sample.append(text)
-        left -= len(text)
-        if left < 0:
-            break
+def texts_to_compare(validation, documents=2000):
+    """Returns {kind: [texts]}; of the validation shard its first documents."""
+    sample = [text for _, text in itertools.islice(read_documents(validation), documents)]
     return {"validation": sample, "English": [ENGLISH], "code": [python_source()], "maths": [MATHS]}
 
 
@@ -909,7 +573,7 @@ RIVALS = {"GPT-2": "r50k_base", "GPT-4": "cl100k_base"}  # r50k_base is GPT-2's,
 
 
 def load_rivals(seconds=30):
-    """{name: tiktoken.Encoding} of those that can be had; tiktoken fetches them, and would wait for ever."""
+    """Returns {name: tiktoken.Encoding} of those that tiktoken can fetch; left alone, tiktoken would wait for ever."""
     rivals = {}
     for name, encoding in RIVALS.items():
         try:
@@ -920,14 +584,12 @@ def load_rivals(seconds=30):
 
 
 def bytes_per_token(tokenizers, texts):
-    """{kind: {name of tokenizer: bytes per token}}."""
-    return {
-        kind: {
-            name: sum(len(text.encode()) for text in group) / sum(len(t.encode_ordinary(text)) for text in group)
-            for name, t in tokenizers.items()
-        }
-        for kind, group in texts.items()
-    }
+    """Returns {kind: {name of tokenizer: bytes per token}}."""
+
+    def rate(tokenizer, group):
+        return sum(len(text.encode()) for text in group) / sum(len(tokenizer.encode_ordinary(text)) for text in group)
+
+    return {kind: {name: rate(t, group) for name, t in tokenizers.items()} for kind, group in texts.items()}
 
 
 def show_compression(rates, tokenizers):
@@ -935,45 +597,31 @@ def show_compression(rates, tokenizers):
     ours = next(iter(tokenizers))
     print("bytes per token" + "".join(f"{f'{name}, {t.n_vocab:,}':>22}" for name, t in tokenizers.items()))
     for kind, row in rates.items():
-        gains = [
-            f"{rate:.3f}" + (f" ({row[ours] / rate - 1:+7.1%})" if name != ours else "") for name, rate in row.items()
-        ]
-        print(f"{kind:15}" + "".join(f"{gain:>22}" for gain in gains))
+        gains = {name: f" ({row[ours] / rate - 1:+7.1%})" if name != ours else "" for name, rate in row.items()}
+        print(f"{kind:15}" + "".join(f"{f'{rate:.3f}{gains[name]}':>22}" for name, rate in row.items()))
 
 
-def plot_compression(rates, path):
-    """Bar chart of bytes_per_token's result, saved to `path`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    names = list(next(iter(rates.values())))
-    for i, name in enumerate(names):
-        places = [kind + (i - (len(names) - 1) / 2) * 0.8 / len(names) for kind in range(len(rates))]
-        bars = axes.bar(places, [row[name] for row in rates.values()], 0.8 / len(names), label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    axes.set_xticks(range(len(rates)), list(rates))
-    axes.set_ylabel("bytes per token (more is better)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
+# %% Try it: compression tags=["run"]
+if IN_NOTEBOOK:
+    texts = {"its sentences": sentences, "English": [ENGLISH], "maths": [MATHS]}
+    show_compression(bytes_per_token({"toy": toy}, texts), {"toy": toy})
 
 # %% [markdown]
-# ## What did it learn?
+# ## What it learned
 #
-# The first merges are the commonest pairs of the language; the last are rare words. Two pictures in one: how many
-# tokens of the vocabulary have each length, and how often tokens of each length are used. The vocabulary holds many
-# long words; running text is made of the short ones.
+# The first merges are the most frequent pairs of the language; the last are rare words. A picture compares how many
+# tokens of the vocabulary have each length with how often tokens of that length are used. The vocabulary holds many
+# long words; running text uses the short ones.
 
 
 # %% What it learned
 def show_token(token):
-    """A token's bytes as a person would write them, the first 24 of them."""
+    """Returns the first 24 bytes of a token as a person would write them."""
     return repr(token[:24].decode(errors="backslashreplace")) + "…" * (len(token) > 24)
 
 
 def pair_of(ranks, token):
-    """The two tokens that were merged into `token`: of all cuts, that whose later part is the oldest."""
+    """Returns the two tokens that were merged into `token`: of all cuts, the one whose later part is the oldest."""
     cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
     return min((c for c in cuts if c[0] in ranks and c[1] in ranks), key=lambda c: max(ranks[c[0]], ranks[c[1]]))
 
@@ -988,73 +636,311 @@ def show_merges(tokenizer, count=16):
     print("longest tokens:", ", ".join(f"{show_token(token)} ({len(token)})" for token in longest))
 
 
-def plot_lengths(tokenizer, texts, path):
-    """Share of the vocabulary, and of the tokens in `texts`, by the token's length in bytes; saved to `path`."""
-    from matplotlib.figure import Figure
-
-    lengths = token_bytes(tokenizer)
-    used = np.concatenate([tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts])
-    longest = 20
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, values) in enumerate({"vocabulary": lengths[lengths > 0], "validation text": lengths[used]}.items()):
-        share = np.bincount(np.minimum(values, longest), minlength=longest + 1)[1:] / len(values)
-        axes.bar(np.arange(1, longest + 1) + 0.4 * i - 0.2, 100 * share, 0.4, label=f"{name}, mean {values.mean():.2f}")
-    axes.set_xticks(range(1, longest + 1), [*range(1, longest), f"{longest}+"])
-    axes.set_xlabel("bytes of a token")
-    axes.set_ylabel("% of tokens")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
+# %% Try it: what three sentences teach tags=["run"]
+if IN_NOTEBOOK:
+    show_merges(toy, 8)
 
 # %% [markdown]
-# ## Keep it
+# ## Upload
 #
 # A tokenizer is part of a model: the same ids must mean the same bytes for as long as the weights live. With
 # `hf_repo_id` and `HF_TOKEN` it goes to your Hub repo, where `02_train` with the same `hf_repo_id` finds it. The repo
-# is made, or found, before the training starts, so that a wrong name or a token without the right to write is an error
-# of the first second.
+# is made, or found, before the training: a wrong name or a token that may not write is an error of the first seconds.
 
 
 # %% Upload
 def open_repo(repo_id):
-    """An HfApi with which upload_tokenizer can write to `repo_id`, made if it is not there; None if nobody asked.
-
-    InputError if it cannot be.
-    """
+    """Returns an HfApi that may write to `repo_id`, made if it is not there; None without a name or HF_TOKEN."""
     token = hub_token()
-    if not (repo_id and token):
-        print("no upload: set hf_repo_id to owner/name" + ("" if token else ", and HF_TOKEN"), "to keep it on the Hub")
+    missing = [words for words, given in (("hf_repo_id=owner/name", repo_id), ("HF_TOKEN", token)) if not given]
+    if missing:
+        print("no upload to the Hub: set", " and ".join(missing), "to keep the tokenizer there")
         return None
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, exist_ok=True)
-    except Exception as error:
-        cause, remedy = explain(error, repo_id, "model")
-        raise InputError(f"hf_repo_id={repo_id!r}: cannot upload to it: {cause}; {remedy}") from error
+    ask_hub(f"write access to hf_repo_id={repo_id!r}", lambda: api.create_repo(repo_id, exist_ok=True))
     return api
 
 
 def upload_tokenizer(api, folder, repo_id):
-    """Copies the two files of `folder` to tokenizer/ in the Hub repo. InputError if that fails; the folder stays."""
-    try:
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, path_in_repo="tokenizer", allow_patterns=["tokenizer.*"],
-            ignore_patterns=["*.part"], commit_message="tokenizer",
-        )  # fmt: skip
-    except Exception as error:
-        cause, remedy = explain(error, repo_id, "model")
-        raise InputError(f"cannot upload {folder} to {repo_id}: {cause}; {remedy}. Nothing is lost") from error
+    """Copies the two files of `folder` to tokenizer/ in the Hub repo. Raises InputError if that fails."""
+    where = {"repo_id": repo_id, "folder_path": folder, "path_in_repo": "tokenizer", "commit_message": "tokenizer"}
+    files = ["tokenizer.tiktoken", "tokenizer.json"]
+    ask_hub(f"a place for the tokenizer in {repo_id}", lambda: api.upload_folder(**where, allow_patterns=files))
     print(f"uploaded to https://huggingface.co/{repo_id}/tree/main/tokenizer")
 
 
 # %% [markdown]
-# # Run
+# # Part II: machinery
 #
-# Everything above only defined things. Change what you like with `config.replace(...)`. As a script, every field is an
-# option: `python 01_tokenizer.py --vocab_size 16384 --num_shards 2`.
+# Nothing below changes what is learned. Each cell is collapsed behind its title; `02_train` has all of them but the
+# pictures.
+#
+# A dataset is a list of parquet shards with one `text` column: FineWeb-Edu from the Hub, any dataset of the Hub, a
+# folder, or the embedded corpus, 12 MB of public-domain English. **The last shard is validation**, whatever
+# `num_shards` is: a validation loss must not move when you train on more data. A shard counts only when its SHA-256 is
+# the Hub's. A damaged shard is refused by name, not skipped.
+
+# %% Hub cellView="form" tags=["shared"]
+# @title Hub
+HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
+
+
+class MissingFileError(InputError):
+    """A repository of the Hub exists, and has no such file."""
+
+
+def hub_token():
+    """Returns HF_TOKEN or None. Raises InputError on whitespace: the HTTP library would print the token."""
+    token = get_secret("HF_TOKEN")
+    if token and not re.fullmatch("[!-~]+", token):
+        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
+    return token
+
+
+def hub_api():
+    """Returns huggingface_hub's HfApi with the user's token."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=hub_token())
+
+
+def ask_hub(what, call):
+    """Returns call(), tried again after a failure that may pass: no connection, or a server error.
+
+    Raises InputError with the first line of huggingface_hub's own error and one hint; MissingFileError on a 404.
+    """
+    from huggingface_hub import errors
+
+    for pause in (1, 2, 4, 8, 0):  # seconds before the next attempt
+        try:
+            return call()
+        except Exception as error:  # huggingface_hub raises its own, those of its HTTP library, and OSError
+            if isinstance(error, InputError):
+                raise
+            cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+            status, disk = getattr(getattr(cause, "response", None), "status_code", 0), getattr(cause, "errno", None)
+            refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
+            if pause and not refused and not disk:
+                time.sleep(pause)
+                continue
+            missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
+            hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
+            hint = "check the name; a private or gated repo needs HF_TOKEN" if refused else hint
+            words = f"cannot get {what} from the Hugging Face Hub: {first_line(cause)}; {hint}"
+            raise (MissingFileError if missing else InputError)(words) from error
+
+
+def is_intact(path):
+    """Whether a file of huggingface_hub's cache has the SHA-256 that names it; small files have none, and count."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return len(digest) != 64 or file_sha256(path) == digest
+
+
+def file_sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hub_download(repo_id, filename, repo_type="dataset"):
+    """Returns the local path of a file of the Hub, downloaded if it is absent, and fetched anew if it is damaged."""
+
+    def download():
+        path = Path(hub_api().hf_hub_download(repo_id, filename, repo_type=repo_type))
+        if not is_intact(path):
+            path.resolve().unlink()
+            path.unlink()
+            raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
+        return path
+
+    return ask_hub(f"{filename} of {repo_id}", download)
+
+
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
+def on_hub(dataset):
+    """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
+
+
+def embedded_folder():
+    """Returns data/embedded of the repository: beside this file, else fetched from GitHub (a notebook in Colab)."""
+    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
+    if here.exists():
+        return here
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(5)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                urllib.request.urlretrieve(url, folder / f"{name}.part")
+            except OSError as error:
+                raise InputError(f"cannot get the embedded corpus from {url}: {error}; clone the repository") from error
+            os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def hub_shards(dataset):
+    """Returns (repo, names of its parquet files) of a Hub dataset: 'owner/name', or 'owner/name/folder'."""
+    if dataset in HUB_SHARDS:
+        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+    rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
+    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    names = ask_hub(f"the list of {repo_id}", lambda: hub_api().list_repo_files(repo_id, repo_type="dataset"))
+    return repo_id, sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
+
+
+def hub_shard(repo_id, filename):
+    """Returns the checked local path of a shard. One that is in the cache and intact costs no request."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
+    here = isinstance(cached, str) and is_intact(Path(cached))
+    return check_shard(Path(cached) if here else hub_download(repo_id, filename))
+
+
+def list_shards(config):
+    """Returns ([a function that returns the path of a training shard, …], the same for the last shard, validation)."""
+    if on_hub(config.dataset):
+        repo_id, names = hub_shards(config.dataset)
+        shards = [functools.partial(hub_shard, repo_id, name) for name in names]
+    else:
+        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
+        shards = [functools.partial(check_shard, path) for path in sorted(folder.glob("*.parquet"))]
+    rule = f"has {len(shards)} parquet shards; it takes at least two, the last one for validation"
+    require(len(shards) >= 2, "dataset", config.dataset, rule)
+    return shards[:-1][: None if config.num_shards == -1 else config.num_shards], shards[-1]
+
+
+# %% Read documents cellView="form" tags=["shared"]
+# @title Read documents
+DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+
+
+def check_shard(path):
+    """Returns `path`. Raises InputError unless it is a parquet file with rows and a `text` column; reads its footer."""
+    try:
+        shard = pq.ParquetFile(path)
+    except DAMAGED_PARQUET as error:
+        words = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a whole parquet file ({words}); delete it and get it again") from error
+    columns = dict(zip(shard.schema_arrow.names, shard.schema_arrow.types, strict=True))
+    kind = columns.get("text", pa.null())
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or shard.metadata.num_rows == 0:
+        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        rule = f"must have rows and a `text` column of strings; has {shard.metadata.num_rows} rows of {found}"
+        raise InputError(f"{path}: {rule}")
+    return path
+
+
+def read_documents(path, start=0):
+    """Yields (row, text) from row `start` on, with one row group in memory. Raises InputError for an empty text."""
+    shard, row = pq.ParquetFile(path), 0
+    for group in range(shard.num_row_groups):
+        rows = shard.metadata.row_group(group).num_rows
+        if row + rows > start:
+            try:
+                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            except DAMAGED_PARQUET as error:
+                words = str(error).splitlines()[0]
+                raise InputError(f"{path}: row group {group} is damaged ({words}); delete it, get it again") from error
+            for i in range(max(0, start - row), rows):
+                if i >= len(texts) or not texts[i]:
+                    raise InputError(f"{path}: the text of row {row + i} is missing, null or empty; drop such rows")
+                yield row + i, texts[i]
+        row += rows
+
+
+# %% Command line cellView="form" tags=["shared"]
+# @title Command line
+def parse_args(argv, config, epilog=""):
+    """Returns `config` with the `--field value` pairs of argv. --help lists all. Raises InputError for a wrong one."""
+    parser = argparse.ArgumentParser(
+        description="Every option is a Config field; without options the Config fits the machine.", epilog=epilog,
+        allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=120),
+    )  # fmt: skip
+
+    def refuse(message):  # argparse would print the usage, a screenful
+        raise InputError(f"{message} (--help lists the fields)")
+
+    parser.error = refuse
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name, field in fields.items():
+        default, kind = getattr(config, name), field.type if field.type in (int, float) else str
+        sentence = "; ".join(filter(None, (field.metadata["help"], field.metadata["rule"][0])))
+        text = f"{sentence} (here {default!r})".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+    given, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith(("--preflight", "--scaling")):
+        refuse("--preflight and --scaling are a notebook of their own now: python 05_preflight.py 02_train.py v6e")
+    if rest:
+        refuse(f"unknown option {rest[0]!r}{suggest(rest[0].lstrip('-').split('=')[0], fields)}")
+    return config.replace(**vars(given))
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns an InputError of a script into one line on stderr and exit status 2; in a notebook it is raised."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt) as error:
+        if IN_NOTEBOOK:
+            raise
+        interrupted = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+        print(f"error: {error}" if isinstance(error, InputError) else interrupted, file=sys.stderr, flush=True)
+        if sys.excepthook is not sys.__excepthook__:  # one of several hosts: an orderly exit would wait for the others
+            os._exit(2)
+        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
+
+
+# %% Folder and picture cellView="form"
+# @title Folder and picture
+def make_folder(folder):
+    """Returns `folder`, made if it is not there. Raises InputError if nobody can write to it."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        words = f"cannot write to {folder}: {error.strerror}; choose another folder (run_dir, HOME)"
+        raise InputError(words) from error
+    return folder
+
+
+def plot_tokenizer(tokenizer, rates, texts, path, longest=20):
+    """Saves two bar charts to `path`: what bytes_per_token returns, and the share of tokens of each length."""
+    from matplotlib.figure import Figure
+
+    lengths, shares = token_bytes(tokenizer), {}
+    used = np.concatenate([tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts])
+    for name, values in {"vocabulary": lengths[lengths > 0], "validation text": lengths[used]}.items():
+        counts = np.bincount(np.minimum(values, longest), minlength=longest + 1)[1:]
+        shares[f"{name}, mean {values.mean():.2f}"] = 100 * counts / len(values)
+    compression = {name: [row[name] for row in rates.values()] for name in next(iter(rates.values()))}
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    charts = {"bytes per token (more is better)": (compression, list(rates))}
+    charts["% of tokens, by bytes of a token"] = shares, [*range(1, longest), f"{longest}+"]
+    for axes, (title, (groups, labels)) in zip(figure.subplots(2), charts.items()):
+        places, width = np.arange(len(labels)), 0.8 / len(groups)
+        for i, (name, heights) in enumerate(groups.items()):
+            bars = axes.bar(places + i * width, heights, width, label=name)
+            if groups is compression:
+                axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_xticks(places + 0.4 - width / 2, labels)
+        axes.set_ylabel(title)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+# %% [markdown]
+# # Part III: run
+#
+# `Config.for_network()` is the reference where the Hub answers, else the demo. Change it with `config.replace(...)`. As
+# a script, every field is an option: `python 01_tokenizer.py --vocab_size 16384 --num_shards 2`.
 
 # %% Configure tags=["run"]
 with one_line_errors():
@@ -1066,12 +952,10 @@ print(config)
 # %% Train it tags=["run"]
 with one_line_errors():
     tokenizer, folder, validation = train_on_shards(config)
-beside = Path(validation).parent / "tokenizer"
+beside = validation.parent / "tokenizer"
 if beside.exists():
     same = all((folder / file.name).read_bytes() == file.read_bytes() for file in beside.glob("tokenizer.*"))
-    print(
-        "byte for byte the tokenizer beside the shards" if same else f"not the tokenizer of {beside}, which 02 prefers"
-    )
+    print("byte for byte the tokenizer beside the shards" if same else "02 prefers the tokenizer beside the shards")
 
 # %% Check it tags=["run"]
 with one_line_errors():
@@ -1090,10 +974,9 @@ show_compression(rates, tokenizers)
 
 # %% Look at it tags=["run"]
 show_merges(tokenizer)
-plot_compression(rates, run / "compression.png")
-plot_lengths(tokenizer, texts["validation"], run / "token_lengths.png")
-print("pictures:", *run.glob("*.png"))
+plot_tokenizer(tokenizer, rates, texts["validation"], run / "tokenizer.png")
+print("picture:", run / "tokenizer.png")
 if IN_NOTEBOOK:
     from IPython.display import Image, display
 
-    display(Image(str(run / "compression.png")), Image(str(run / "token_lengths.png")))
+    display(Image(str(run / "tokenizer.png")))

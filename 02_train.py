@@ -94,6 +94,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import html
@@ -119,6 +120,7 @@ import threading
 import time
 import types
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +132,7 @@ from tqdm import tqdm
 
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
+warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub looks for ipywidgets
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
 
 
@@ -1864,6 +1867,7 @@ def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
 
 def save_tokenizer(tokenizer, folder):
     """Writes tokenizer.tiktoken and then, atomically, tokenizer.json: a folder without the second has no tokenizer."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
@@ -1876,14 +1880,16 @@ def save_tokenizer(tokenizer, folder):
 
 def load_tokenizer(folder):
     """Returns the tokenizer that save_tokenizer wrote. Raises InputError if a file is missing or damaged."""
+    folder = Path(folder)
     try:
         meta = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         lines = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8").splitlines()
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
         if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
-        if "<|bos|>" not in meta["special_tokens"]:
-            raise ValueError("<|bos|> must be among the special tokens")
+        special = meta["special_tokens"]
+        if "<|bos|>" not in special or len(set(special)) < len(special):
+            raise ValueError("the special tokens must differ, with <|bos|> among them")
         return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
     except Exception as error:
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
@@ -1930,7 +1936,8 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
 def tokenizer_folder(config, first_shard):
     """Returns the folder, on this machine, of the tokenizer that 01_tokenizer.py trains for config.dataset."""
     source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
-    return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]  # two folders may have the same name
+    return cache_dir() / "tokenizers" / f"{Path(source).name[:40]}-{digest}-{config.vocab_size}"
 
 
 # %% Find the tokenizer cellView="form" tags=["shared"]
@@ -2000,15 +2007,16 @@ def ask_hub(what, call):
             if isinstance(error, InputError):
                 raise
             cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-            status, disk = getattr(getattr(cause, "response", None), "status_code", 0), getattr(cause, "errno", None)
+            status = getattr(getattr(cause, "response", None), "status_code", 0)
+            disk = getattr(cause, "errno", 0) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
             refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
             if pause and not refused and not disk:
                 time.sleep(pause)
                 continue
             missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
             hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
-            hint = "check the name; a private or gated repo needs HF_TOKEN" if refused else hint
-            words = f"cannot get {what} from the Hugging Face Hub: {first_line(cause)}; {hint}"
+            hint = "check the name, and that HF_TOKEN may read (for an upload: write) it" if refused else hint
+            words = f"the Hugging Face Hub: cannot {what}: {first_line(cause)}; {hint}"
             raise (MissingFileError if missing else InputError)(words) from error
 
 
@@ -2034,7 +2042,7 @@ def hub_download(repo_id, filename, repo_type="dataset"):
             raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
         return path
 
-    return ask_hub(f"{filename} of {repo_id}", download)
+    return ask_hub(f"download {filename} of {repo_id}", download)
 
 
 # %% Shards cellView="form" tags=["shared"]
@@ -2070,8 +2078,10 @@ def hub_shards(dataset):
     rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
     require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
     repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
-    names = ask_hub(f"the list of {repo_id}", lambda: hub_api().list_repo_files(repo_id, repo_type="dataset"))
-    return repo_id, sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
+    names = ask_hub(f"list {repo_id}", lambda: hub_api().list_repo_files(repo_id, repo_type="dataset"))
+    return repo_id, sorted(
+        name for name in names if f"/{name}".startswith(f"/{folder}/".replace("//", "/")) and name.endswith(".parquet")
+    )
 
 
 def hub_shard(repo_id, filename):
@@ -2107,7 +2117,7 @@ def check_shard(path):
         shard = pq.ParquetFile(path)
     except DAMAGED_PARQUET as error:
         words = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a whole parquet file ({words}); delete it and get it again") from error
+        raise InputError(f"{path}: cannot be read as parquet ({words}); get it again") from error
     columns = dict(zip(shard.schema_arrow.names, shard.schema_arrow.types, strict=True))
     kind = columns.get("text", pa.null())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or shard.metadata.num_rows == 0:
@@ -2382,7 +2392,7 @@ class Checkpointer:
         try:
             if config.backup == "hub":  # one commit replaces the checkpoint before
                 where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
-                ask_hub("a commit", lambda: hub_api().upload_folder(**where))
+                ask_hub("store the checkpoint", lambda: hub_api().upload_folder(**where))
             else:
                 copy_checkpoint(path, Path(config.backup) / run)
                 drop_old_checkpoints(Path(config.backup) / run, config.keep_checkpoints)
@@ -2409,7 +2419,10 @@ def open_backup(config):
     """Raises InputError, before any work is done, if no checkpoint could be copied to config.backup."""
     if config.backup == "hub":
         require(hub_token(), "backup", "hub", "needs the secret or environment variable HF_TOKEN, with write access")
-        ask_hub("access", lambda: hub_api().create_repo(config.hf_repo_id, private=True, exist_ok=True))
+        ask_hub(
+            f"write to {config.hf_repo_id}",
+            lambda: hub_api().create_repo(config.hf_repo_id, private=True, exist_ok=True),
+        )
     elif config.backup:
         make_folder(config.backup, "backup")
 
@@ -2421,7 +2434,7 @@ def restore_backup(config, run):
         if config.backup == "hub":
             source, names = Path(folder), f"checkpoints/{run.name}/*"
             options = {"repo_id": config.hf_repo_id, "allow_patterns": names, "local_dir": folder}
-            ask_hub("the backup", lambda: hub_api().snapshot_download(**options))
+            ask_hub("read the backup", lambda: hub_api().snapshot_download(**options))
             for meta in source.glob(f"{names[:-1]}meta.json"):  # there it has the name of the run, here of its step
                 step = json.loads(meta.read_text(encoding="utf-8"))["step"]
                 meta.parent.rename(source / "checkpoints" / f"step_{step:08d}")
@@ -3034,7 +3047,8 @@ def show_summary(summary):
 def parse_args(argv, config, epilog=""):
     """Returns `config` with the `--field value` pairs of argv. --help lists all. Raises InputError for a wrong one."""
     parser = argparse.ArgumentParser(
-        description="Every option is a Config field; without options the Config fits the machine.", epilog=epilog,
+        usage="%(prog)s [--FIELD VALUE ...]", epilog=epilog,
+        description="Every option is a Config field; without options the Config fits the machine.",
         allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=120),
     )  # fmt: skip
 

@@ -23,13 +23,15 @@
 # %% [markdown]
 # # Pretrain a GPT on one chip
 #
-# This notebook trains a small language model from scratch, in raw JAX. On a Colab TPU v6e it trains the reference
-# model, 268M parameters, on FineWeb-Edu. On a free CPU runtime it trains a demo of 3.7M parameters in a few minutes.
-# Press *Run all*: you get a loss curve, samples, a checkpoint, and a profile that TensorBoard can open.
+# This notebook trains a small language model from scratch, in raw JAX. Press *Run all*: you get a loss curve, samples,
+# a checkpoint, and a profile that TensorBoard can open. On a Colab TPU v6e it trains the reference model, 268M
+# parameters, on 2.7B tokens of FineWeb-Edu: 2.7 hours at the compiler's estimate of 29.8 ms a step. On a free CPU
+# runtime it trains a demo of 3.7M parameters in a few minutes.
 #
-# - **Part I, the essay**: config → model → attention → loss → optimizer → train step → data → evaluation → sampling →
-#   the loop. Each section ends with a cell that tries what it defined. Read it from top to bottom in 40 minutes.
-# - **Part II, the machinery**: the fused attention kernel, files, the Hub, checkpoints, logs, hosts. Its cells are
+# - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →
+#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Prose and results take
+#   40 minutes to read.
+# - **Part II, infrastructure**: the fused attention kernel, files, the Hub, checkpoints, logs, hosts. Its cells are
 #   collapsed; open the one that you need.
 # - **Part III, run**: configure, check the memory, train, look at the result.
 #
@@ -214,7 +216,12 @@ if not TPUS:
 
 # On a CPU, XLA allocates its temporaries in every step, and glibc returns such large blocks to the kernel, which zeroes
 # their pages again: 22% of the demo's CPU time (measured, 2 cores). One malloc arena that keeps its memory avoids it.
-if sys.platform == "linux" and not TPUS and hasattr(ctypes.CDLL(None), "mallopt"):
+if (
+    sys.platform == "linux"
+    and not TPUS
+    and not Path("/dev/nvidiactl").exists()
+    and hasattr(ctypes.CDLL(None), "mallopt")
+):
     for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(parameter, value)
 
@@ -232,15 +239,21 @@ def cpu_fact(name):
 
 
 # %% [markdown]
-# # Part I: the essay
+# # Part I: the model and its training
 #
 # ## Config
 #
-# One frozen dataclass holds every choice. It is a *static* JAX type: `jax.jit` hashes it like a shape and compiles a
-# program for each value. A sweep over learning rates must not compile each time, so there are two kinds of fields.
-# **Compiled** fields change shapes or code. **Free** fields are not part of the hash: they reach the device as traced
-# scalars in the train state, or stay on the host. `option(default, help, rule)` declares a compiled field, `free(…)` a
-# free one. A resumed run may change those declared by `runtime(…)` (compiled) and `host(…)` (free).
+# One frozen dataclass holds every choice. It is a *static* JAX type: `jax.jit` hashes it like a shape, and compiles a
+# program for each value. A sweep over learning rates must not compile each time, so most fields are not in the hash.
+# Those that the step needs reach it as traced scalars in the train state, `state.hyper`. **Never read such a field
+# inside a jitted function**: the program would keep the value of its first call.
+#
+# | declared by | changing it | a resumed run |
+# |---|---|---|
+# | `option` | compiles a new program | must have the same |
+# | `runtime` | compiles a new program | may change it |
+# | `free` | compiles nothing | must have the same |
+# | `host` | compiles nothing | may change it |
 
 
 # %% Options cellView="form" tags=["shared"]
@@ -340,12 +353,12 @@ SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The options that the models of all notebooks share. A Config adds its architecture: n_embd, mlp_dim, depth."""
+    """The options that do not depend on the architecture. The class Config below adds n_embd, mlp_dim and depth."""
 
     n_head: int = option(8, "query heads, N", POSITIVE)
     n_kv_head: int = option(-1, "key/value heads, K, each for N/K query heads; -1 = N", POSITIVE_OR_AUTO)
     head_dim: int = option(128, "width of a head, H", EVEN)
-    vocab_size: int = option(32768, "tokens, V", at_least(257, "a token for each byte, and BOS"))
+    vocab_size: int = option(32768, "vocabulary size, V", at_least(257, "a token for each byte, and BOS"))
     seq_len: int = option(2048, "tokens of a sequence, T", at_least(2, "a token, and the one after it"))
     window_pattern: str = option(
         "SSSL", "a letter a layer: S sees T/2 tokens back, L all; the last layer sees all", LETTERS
@@ -393,7 +406,7 @@ class BaseConfig:
     profile_steps: int = host(5, "how many steps are traced; 0 = none", NOT_NEGATIVE)
     wandb_mode: str = host("auto", "auto = online if there is a key", one_of("auto", "online", "offline", "disabled"))
     wandb_project: str = host("tpuchat", "of wandb")
-    eval_tokens: int = host(524_288, "validation tokens of an evaluation under way", POSITIVE)
+    eval_tokens: int = host(524_288, "validation tokens of an evaluation during training", POSITIVE)
     final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
     def __post_init__(self):
@@ -542,7 +555,7 @@ if IN_NOTEBOOK:
 # - **fsdp** ([ZeRO](https://arxiv.org/abs/1910.02054)): weights, moments and gradients are sharded. A layer's weights
 #   are all-gathered in bfloat16 when it runs, and gradients are reduce-scattered. The state takes 1/n of the memory.
 #
-# `mesh="auto"` is pure data parallelism. With one device no constraint is emitted. Skip this cell at first reading.
+# `mesh="auto"` is pure data parallelism. On one device the functions below return their argument: read over them.
 
 # %% Mesh tags=["shared"]
 ROWS = ("data", "fsdp")  # the axis of sequences, or of tokens, is sharded over all devices
@@ -589,12 +602,16 @@ def per_device(config, function):
 # %% [markdown]
 # ## Model
 #
-# A decoder-only transformer with [RMSNorm](https://arxiv.org/abs/1910.07467) without weights, also on queries and keys
-# (*QK-norm*, which bounds the attention logits), [RoPE](https://arxiv.org/abs/2104.09864), [grouped-query
-# attention](https://arxiv.org/abs/2305.13245), sliding windows (three layers of four see half the context), a
-# [ReLU²](https://arxiv.org/abs/2109.08668) MLP, *x0 residuals* (each layer mixes the embedding back in, x ← a·x + b·x0,
-# with its own a and b), untied embedding and head, and a [softcap](https://arxiv.org/abs/2408.00118) on the logits. x0
-# residuals and initial values follow [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) and nanochat.
+# A decoder-only transformer:
+#
+# - Norm: [RMSNorm](https://arxiv.org/abs/1910.07467) without weights, before each part, and on queries and keys
+#   (*QK-norm*).
+# - Position: [RoPE](https://arxiv.org/abs/2104.09864). MLP: [ReLU²](https://arxiv.org/abs/2109.08668).
+# - Attention: [grouped-query](https://arxiv.org/abs/2305.13245). Three layers of four see half the context.
+# - *x0 residuals*: each layer mixes the embedding back in, x ← a·x + b·x0, with its own learned a and b.
+# - Embedding and head are not tied. Logits are [soft-capped](https://arxiv.org/abs/2408.00118).
+#
+# x0 residuals and initial values follow [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) and nanochat.
 
 
 # %% Initial values tags=["shared"]
@@ -606,7 +623,7 @@ def init_params(config, key):
     | embed                 | [V, D]                 | normal, std 0.1; a norm follows, so only its direction   |
     |                       |                        | matters, and Adam turns a short row faster than a long   |
     | q, k, v, up           | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out   |
-    | o, down               | [N, H, D], [F, D]      | zero: at step 0 every layer is the identity              |
+    | o, down               | [N, H, D], [F, D]      | zero: at step 0 attention and MLP add nothing            |
     | lm_head               | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V               |
     | resid_scale, x0_scale | []                     | 1 and 0.1                                                |
     """
@@ -669,7 +686,7 @@ def merge_heads(y):
 # %% [markdown]
 # ### Attention
 #
-# A query at t sees the keys from t − window to t. The definition fits in seven lines of einsum. It writes the T×T
+# A query at t sees the keys from t − window to t. The definition is `einsum_attention`. It writes the T×T
 # scores to memory, which [flash attention](https://arxiv.org/abs/2205.14135) avoids: `jax` is
 # `jax.nn.dot_product_attention`, on an NVIDIA GPU cuDNN's flash attention. `splash` and `pallas` are the TPU kernels
 # that ship with jax: splash skips blocks outside the window, the older kernel is causal only. `fused` is our own (Part
@@ -742,7 +759,8 @@ def attention(q, k, v, *, window, impl="einsum", block_size=1024):
 
     q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
     A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels,
-    which run elsewhere under `pltpu.force_tpu_interpret_mode()`. Raises InputError for shapes that `impl` cannot take.
+    which run elsewhere under `pltpu.force_tpu_interpret_mode()`. `fused` is not among them: it includes QK-norm and
+    RoPE (see `attend`). Raises InputError for shapes that `impl` cannot take.
     """
     N, T, K = q.shape[1], q.shape[2], k.shape[1]
     impls = ("einsum", "jax", "splash", "pallas")
@@ -955,7 +973,7 @@ if IN_NOTEBOOK:
 
 # %% Loss, plainly tags=["shared"]
 def plain_loss(x, head, targets, softcap):
-    """Cross-entropy as it is defined. x: [S, D]; head: [D, V]; targets: [S]. Returns nats, float32 [S]."""
+    """Cross-entropy as it is defined. x: [B·T, D]; head: [D, V]; targets: [B·T]. Returns nats, float32 [B·T]."""
     logits = softcap * jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
 
@@ -968,7 +986,7 @@ def softcap_losses(x, head, targets, softcap):
 
 
 def softcap_forward(x, head, targets, softcap):
-    """Returns (losses [S], what the backward pass needs). The losses are computed before anything is rounded."""
+    """Returns (losses [B·T], what the backward pass needs). The losses are computed before anything is rounded."""
     capped = jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
     is_target = jnp.arange(head.shape[1]) == targets[:, None]
     lse = jnp.log(jnp.sum(jnp.exp(softcap * capped), axis=-1))
@@ -979,7 +997,7 @@ def softcap_forward(x, head, targets, softcap):
 
 
 def softcap_backward(softcap, saved, g):
-    """Returns the gradients of x, head and targets (None) from g, that of the losses [S]."""
+    """Returns the gradients of x, head and targets (None) from g, that of the losses [B·T]."""
     x, head, targets, capped, lse = saved
     capped = capped.astype(jnp.float32)
     is_target = jnp.arange(head.shape[1]) == targets[:, None]
@@ -1205,8 +1223,9 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ### Norms
 #
-# How large are the weights of each part, and how far did the last step move them? A ratio of about 0.001 is healthy.
-# The update is computed once more from the moments, so that only steps which are logged pay for it.
+# How large are the weights of each part, and how far did the last step move them? A sudden change of the ratio is the
+# first sign of trouble; in the demo it is 0.01 to 0.02 for attention (measured). The update is recomputed from the
+# moments, on logged steps only.
 
 
 # %% Norms tags=["shared"]
@@ -1227,13 +1246,15 @@ def state_norms(state):
 # %% [markdown]
 # ## Data
 #
-# Documents become one endless stream of tokens, each document opened by BOS, and the stream is cut into rows of T + 1
-# tokens: the last token of a row is the first of the next. So every token is predicted once; none is dropped or padded.
-# The price is that most rows begin within a document.
+# Documents become one endless stream of tokens, each document opened by BOS. The stream is cut into sequences of T + 1
+# tokens, and the last token of a sequence is the first of the next: every token is predicted once, none is dropped or
+# padded. Attention is not masked between documents. Nothing is shuffled: shards are read in order of their names, the
+# last one validates. **Your own data**: a folder of at least two parquet files with a `text` column of strings.
 #
 # Three generators do it: `document_groups` reads, `encoded_groups` encodes in threads (tiktoken releases the GIL),
-# `packed_batches` cuts. The position of the *next* token travels with each batch. A checkpoint after step n stores it,
-# and a resumed run continues with the token that step n + 1 would have seen, whatever the threads had read ahead.
+# `packed_batches` cuts. The position of the *next* token travels with each batch, so a resumed run continues with the
+# very token that the next step would have seen, whatever the threads had read ahead.
+
 
 # %% Documents tags=["shared"]
 PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
@@ -1655,9 +1676,9 @@ def train(config, report=None):
 
 
 # %% [markdown]
-# # Part II: machinery
+# # Part II: infrastructure
 #
-# Nothing below changes what is learned. Each cell is collapsed behind its title.
+# The model and the optimizer are complete. What they need around them follows, each cell collapsed behind its title.
 
 # %% [markdown]
 # ## The fused attention kernel
@@ -2837,6 +2858,10 @@ class Training:
             describe_machine(config)
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
+        if self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
+            print(
+                f"data    the tokenizer has {self.tokenizer.n_vocab} tokens; vocab_size={config.vocab_size} has unused rows"
+            )
         check_alike(config, self.tokenizer._mergeable_ranks)
         if is_first():
             open_backup(config)
@@ -2850,7 +2875,7 @@ class Training:
                 shutil.copyfile(checkpoint / name, self.run / name)
         self.first_step, self.best, self.batches, self.validated = self.meta["step"], self.meta.get("best"), None, {}
         describe_run(config, self.run, self.first_step)
-        stop = min(config.profile_start + config.profile_steps, config.total_steps)
+        stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
         traced = self.first_step <= config.profile_start < stop and is_first()
         self.traced = (config.profile_start, stop) if traced else ()
 
@@ -2938,7 +2963,7 @@ class Training:
             self.validated = evaluate(self.config, state.params, self.batches) | {"step": done}
             loss, bpb = self.validated["loss"], self.validated["bpb"]
             self.log.write(done, val_loss=loss, val_bpb=bpb)
-            if not self.best or loss < self.best["val_loss"]:
+            if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
                 self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
             if not self.report:
                 self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
@@ -2958,7 +2983,7 @@ class Training:
         """Saves a checkpoint in the background."""
         with self.log.paused(state, "saving"):
             meta = {"finished": finished, "best": self.best, "wandb": self.wandb and self.wandb.id}
-            if self.validated.get("step") == self.log.done:
+            if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
             self.saver.save(state, loader=self.loader.state_dict(), **meta)
 
@@ -3096,6 +3121,7 @@ with one_line_errors():
     options = [] if IN_NOTEBOOK else sys.argv[1:]
     join_hosts()
     config = parse_args(options, Config.for_device())
+# config = config.replace(num_iterations=1000, dataset="my_folder")
 
 # %% [markdown]
 # ## Does it fit?
@@ -3144,24 +3170,24 @@ if jax.process_count() > 1:
     raise SystemExit  # the cells below look at the model on one host
 
 # %% [markdown]
-# ## Is that any good?
+# ## Bits per byte, against xz and zstd
 #
 # A language model is a compressor: its bits per byte are the size to which an arithmetic coder driven by its
-# predictions would shrink the text. So every Unix box has a yardstick. The comparison favours the model, which has read
-# a training set and whose weights are not counted, while `xz` and `zstd` begin with nothing. But a model that loses has
-# learned nothing.
+# predictions would shrink the text. Standard compressors are therefore a baseline. The comparison favours the model,
+# which has read a training set and whose weights are not counted, while `xz` and `zstd` begin with nothing. But a model
+# that loses has learned nothing.
 
 
 # %% Compressors cellView="form" tags=["shared"]
 # @title Compressors
 def compressor_bpb(text):
-    """Returns the bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
+    """Returns the bits per byte of `xz -9e` and `zstd -19` on `text`."""
     import lzma
 
     data = text.encode()
     packed = {
         "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-        "zstd -19 --ultra": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
+        "zstd -19": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
     }
     return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
 
@@ -3174,7 +3200,7 @@ for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.it
     print(f"{name:18}{bpb:.3f} bits per byte" if bpb else f"{name:18}was not evaluated yet")
 
 # %% [markdown]
-# ## What does it know?
+# ## Loss by position and by token
 #
 # **What to look for.** *Loss by position*: the first tokens of a context are guessed from nothing. The curve falls as
 # far to the right as context still helps; where it is flat, a longer context would be wasted. *Surprise*: the bits that
@@ -3256,7 +3282,7 @@ if IN_NOTEBOOK:
     display(HTML(surprise_html(costs)))
 
 # %% [markdown]
-# ## Ask it
+# ## Generate text
 #
 # The checkpoint is what a later session would load. Type the beginning of a text, and read three continuations.
 
@@ -3265,12 +3291,12 @@ PROMPT = "In the beginning"  # @param {type:"string"}
 TEMPERATURE = 0.8  # @param {type:"number"}
 LENGTH = 60  # @param {type:"integer"}
 with one_line_errors():
-    choices = {"max_new_tokens": LENGTH, "temperature": TEMPERATURE, "top_p": 0.95}
+    choices = {"max_new_tokens": min(LENGTH, config.seq_len // 2), "temperature": TEMPERATURE, "top_p": 0.95}
     for text in generate(config, state.params, tokenizer, [PROMPT] * 3, speed=True, **choices):
         print(text, end="\n\n")
 
 # %% [markdown]
-# ## Look inside
+# ## Profile with XProf
 #
 # The run has traced steps 15 to 19 for [XProf](https://openxla.org/xprof); it is in TensorBoard's *Profile* tab, under
 # *Trace Viewer* (zoom with W and S, move with A and D). In a **good** trace the rows of the device are full, one step

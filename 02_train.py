@@ -1043,9 +1043,8 @@ if IN_NOTEBOOK:
 # warmdown. Most of a run's gain comes in the warmdown. Weight decay applies to the matrices, not to the embedding (a
 # rare token's row would shrink between its visits) nor to the scalars.
 #
-# Each number of the schedule is a traced scalar in the train state. Masters and moments are float32 throughout: a
-# float32 array times a bfloat16 weight would promote silently, so only the copy that the forward pass reads is
-# bfloat16.
+# Each number of the schedule is a traced scalar in the train state. The weights that AdamW updates (*masters*) and the
+# moments are float32. The forward pass reads a bfloat16 copy of the masters, which `cast_weights` makes once a step.
 
 
 # %% Optimizer tags=["shared"]
@@ -1632,8 +1631,8 @@ if IN_NOTEBOOK:
 # ## The loop
 #
 # The host takes a batch that is there, dispatches a step, and goes on. **Metrics are read one log interval late**:
-# while the host waits for the loss of step 90, steps 91 to 100 are queued, so the device never waits. The moment at
-# which that loss arrives tells when step 90 was done, and throughput is measured between two such moments. Only an
+# while the host waits for the loss of step 90, steps 91 to 100 are queued, so the device never waits. When that loss
+# arrives, step 90 is done; throughput is measured between two such moments. Only an
 # evaluation, a sample, a save or a trace lets the queue run empty; that time is not counted as training.
 #
 # `Training` (Part II) is all that surrounds the loop: data, run folder, log, checkpoints, trace.

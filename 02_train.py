@@ -2858,9 +2858,8 @@ class Training:
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
         if self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
-            print(
-                f"data    the tokenizer has {self.tokenizer.n_vocab} tokens; vocab_size={config.vocab_size} has unused rows"
-            )
+            tokens = f"the tokenizer has {self.tokenizer.n_vocab} tokens"
+            print(f"data    {tokens}: other rows of vocab_size={config.vocab_size} are never trained")
         check_alike(config, self.tokenizer._mergeable_ranks)
         if is_first():
             open_backup(config)

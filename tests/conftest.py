@@ -1,9 +1,11 @@
-"""Tests run on the CPU, whatever the machine has, and never log in anywhere."""
+"""Tests run on the CPU, whatever the machine has, and never log in; `pytest -m accelerator` runs on the device."""
 
 import os
+import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the Jupyter kernels that tests start
+if "accelerator" not in sys.argv:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes that tests start
 os.environ["WANDB_MODE"] = "disabled"
 for secret in ("HF_TOKEN", "WANDB_API_KEY"):
     os.environ.pop(secret, None)
@@ -11,6 +13,8 @@ for secret in ("HF_TOKEN", "WANDB_API_KEY"):
 import pytest  # noqa: E402
 
 from tools.notebooks import load  # noqa: E402
+
+pytest.register_assert_rewrite("tests.helpers")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +34,36 @@ def root():
 def nb():
     """02_train as a module."""
     return load(ROOT / "02_train.py")
+
+
+@pytest.fixture(scope="session")
+def nb01():
+    """01_tokenizer as a module."""
+    return load(ROOT / "01_tokenizer.py")
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """03_worker as a module."""
+    return load(ROOT / "03_worker.py")
+
+
+@pytest.fixture(scope="session")
+def mt():
+    """04_maxtext as a module."""
+    return load(ROOT / "04_maxtext.py")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(nb):
+    """The embedded tokenizer."""
+    return nb.load_tokenizer(ROOT / "data" / "embedded" / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def finished(nb, tmp_path_factory):
+    """(Config, what train returned) of a run of twelve steps that nothing happened to. Read only: copy the folder."""
+    from tests.helpers import tiny
+
+    config = tiny(nb, tmp_path_factory.mktemp("finished") / "run", profile_steps=3)
+    return config, nb.train(config)

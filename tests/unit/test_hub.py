@@ -1,0 +1,410 @@
+"""Whatever the Hugging Face Hub does, a run gets the right bytes, or one line that says what is wrong.
+
+The real client, in processes of its own, asks tests.hub_server on the loopback interface.
+"""
+
+import hashlib
+import io
+import math
+import random
+import signal
+import socket
+import threading
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.helpers import EMBEDDED, SECONDS, TINY, answers_of, one_line, run_code, started_code, until
+from tests.hub_server import ALWAYS, Fault, HubServer
+
+FILES = ("tokenizer.tiktoken", "tokenizer.json")
+FINEWEB, CLIMBMIX = "karpathy/fineweb-edu-100b-shuffle", "karpathy/climbmix-400b-shuffle"
+MB = 1 << 20
+
+FIRST = f"""
+config = nb.Config.demo().replace(dataset={FINEWEB!r}, num_shards=1, vocab_size=300)
+(first, *_), validation = nb.list_shards(config)
+
+def wrong_files():
+    "Files of the cache that are whole by their name, and are not."
+    blobs = Path(os.environ["HF_HOME"]).glob("hub/*/blobs/*")
+    return [str(path) for path in blobs if len(path.name) == 64 and path.name != sha(path)]
+"""
+
+
+def asked(env, code):
+    """What `code` has put into `answers`, with the first shard of FineWeb-Edu as `first`."""
+    return run_code(FIRST + code, env)
+
+
+def closed_port():
+    """The address of a server that is not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def documents(seed, count=1, words=2000):
+    rng = random.Random(seed)
+    return [" ".join("".join(rng.choices("abcdefgh", k=3)) for _ in range(words)) for _ in range(count)]
+
+
+def parquet(texts, **options):
+    """The bytes of a shard."""
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), file, **options)
+    return file.getvalue()
+
+
+def large(seed, size):
+    """A shard of more than `size` bytes: of one long text, and not compressed."""
+    return parquet([random.Random(seed).randbytes(size // 2 + 1).hex()], compression="none")
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def url(repo_id, filename="shard_00000.parquet"):
+    return f"/datasets/{repo_id}/resolve/main/{filename}"
+
+
+@pytest.fixture
+def hub():
+    """A Hub with the first and the last shard of FineWeb-Edu, and two repos of a user, one of them with a tokenizer."""
+    files = {url(FINEWEB, f"shard_{i:05d}.parquet"): parquet(documents(i)) for i in (0, 1822)}
+    files |= {f"/me/mine/resolve/main/tokenizer/{name}": (EMBEDDED / "tokenizer" / name).read_bytes() for name in FILES}
+    files["/me/other/resolve/main/README.md"] = b"no tokenizer here"
+    with HubServer(files) as server:
+        yield server
+
+
+# ---- what goes wrong with one shard
+
+
+class Case(NamedTuple):
+    faults: list = []
+    words: list = []  # of the message; none if the right bytes come
+    data: bytes | None = parquet(documents(7))
+
+
+GOOD, PAGE = Case().data, b"<html>Please log in to the Wi-Fi.</html>"
+LARGE, CUT = large(8, 24 * MB), 21 * MB
+WRONG = Fault(body=GOOD[:100] + bytes(100) + GOOD[200:])
+ALL = dict(times=ALWAYS)
+
+CASES = {
+    "well": Case(),
+    "404": Case(data=None, words=["404"]),
+    "401": Case([Fault("HEAD", 401, "RepoNotFound", **ALL)], ["401"]),
+    "gated": Case([Fault("HEAD", 403, "GatedRepo", **ALL)], ["403", "HF_TOKEN"]),
+    "403 on GET": Case([Fault(status=403, **ALL)], ["403"]),
+    "429 on HEAD": Case([Fault("HEAD", 429, headers={"Retry-After": "1"})]),
+    "429 for ever": Case([Fault("HEAD", 429, headers={"Retry-After": "1"}, **ALL)], ["429"]),
+    "500 on GET, twice": Case([Fault(status=500, times=2)]),
+    "500 on HEAD for ever": Case([Fault("HEAD", 500, **ALL)], ["500"]),
+    "cut": Case([Fault(cut=CUT)], data=LARGE),
+    "cut early": Case([Fault(cut=0), Fault(cut=1000)]),
+    "cut for ever": Case([Fault(cut=1000, **ALL)], ["cannot get"]),
+    "stalled": Case([Fault(cut=1000, wait=threading.Event())]),
+    "shorter than the Hub says": Case([Fault(body=GOOD[:-9])]),
+    "wrong bytes": Case([WRONG]),
+    "wrong bytes for ever": Case([WRONG._replace(**ALL)], ["SHA-256"]),
+    "not parquet": Case(data=PAGE, words=["not a whole parquet file"]),
+}
+
+
+def case_repo(name):
+    return f"case/{name.replace(' ', '-').replace(',', '')}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def background(tmp_path_factory):
+    """Two processes that wait for most of their time, while other tests run: one that meets each of CASES in a thread,
+    and one without a network. {name: process}, and the Hub of the first."""
+    files, faults = {"/datasets/case/404/resolve/main/README.md": b"no shard here"}, {}
+    for name, case in CASES.items():
+        path = url(case_repo(name))
+        faults[path] = case.faults
+        if case.data is not None:
+            files[path] = case.data
+    code = f"repos = { ({name: case_repo(name) for name in CASES})!r}"
+    code += """
+threads = []
+
+def meet(case, repo):
+    started, answer = time.monotonic(), {}
+    def get():
+        path = nb.hub_shard(repo, "shard_00000.parquet")
+        answer["sha"] = sha(path)
+        return nb.check_shard(path)
+    answer["said"] = message(get)
+    answers[case] = answer | {"seconds": time.monotonic() - started}
+
+for case, repo in repos.items():
+    threads.append(threading.Thread(target=meet, args=(case, repo)))
+    threads[-1].start()
+for thread in threads:
+    thread.join()
+answers["wrong files"] = wrong_files()
+"""
+    alone = """
+started = time.monotonic()
+answers["said"] = message(first)
+answers["seconds"] = time.monotonic() - started
+"""
+    with HubServer(files, faults) as hub:
+        env = hub.environment(tmp_path_factory.mktemp("cases"))
+        cases = started_code(FIRST + code, env | {"HF_HUB_DOWNLOAD_TIMEOUT": "5"})
+        env = hub.environment(tmp_path_factory.mktemp("alone")) | {"HF_ENDPOINT": closed_port()}
+        processes = {"cases": cases, "alone": started_code(FIRST + alone, env)}
+        yield processes | {"hub": hub}
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+# ---- downloads
+
+
+def test_hub_shards(hub, tmp_path):
+    """What is asked for is downloaded, announced, and once; a tokenizer is trained on the first shard, and once; what
+    is not there is an error that names it."""
+    hub.files[url(FINEWEB)] = large(1, 2 * MB)
+    code = """
+nb.announce_downloads(config, [first, validation])
+answers["names"] = [nb.check_shard(fetch()).name for fetch in (first, validation, first)]
+print("--- all are there")
+nb.announce_downloads(config, [first, validation])
+answers["sizes"] = [nb.find_tokenizer(config, first()).n_vocab for _ in range(2)]
+(_, second), _ = nb.list_shards(config.replace(num_shards=2))
+answers["missing shard"] = message(second)
+answers["no such repo"] = message(lambda: nb.hub_download("me/none", "shard_00000.parquet"))
+answers["no repo name"] = message(lambda: nb.hub_download("not a repo", "shard_00000.parquet"))
+"""
+    answers, printed = asked(hub.environment(tmp_path), code)
+    assert answers["names"] == ["shard_00000.parquet", "shard_01822.parquet", "shard_00000.parquet"]
+    got = [path.split("/")[-1] for method, path in hub.requests if method == "GET" and path in hub.files]
+    assert got == answers["names"][:2]
+    announced, there = "\n".join(printed).split("---")
+    assert f"2 of 2 shards of {FINEWEB}" in announced and "2 MB" in announced and "shards of" not in there
+    assert answers["sizes"] == [300, 300]
+    assert there.count("training a tokenizer of 300 tokens on shard_00000.parquet") == there.count("training") == 1
+    for case, words in {
+        "missing shard": ["shard_00001.parquet", FINEWEB, "404"],
+        "no such repo": ["shard_00000.parquet", "me/none"],
+        "no repo name": ["shard_00000.parquet", "not a repo"],
+    }.items():
+        assert answers[case].startswith("cannot get") and one_line(answers[case], *words)
+
+
+@pytest.mark.parametrize("how", ["no network", "HF_HUB_OFFLINE"])
+def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, how):
+    """At once, and nothing is asked; what was not is an error that says so."""
+    env = hub.environment(tmp_path)
+    asked(env, "first(), validation()")
+    seen = len(hub.requests)
+    code = """
+started = time.monotonic()
+nb.announce_downloads(config, [first, validation])
+answers["there"] = [sha(first()), sha(validation())]
+answers["seconds"] = time.monotonic() - started
+(_, second), _ = nb.list_shards(config.replace(num_shards=2))
+if os.environ.get("HF_HUB_OFFLINE"):  # without a network the client would wait
+    answers["not there"] = message(second)
+"""
+    env |= {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {"HF_ENDPOINT": closed_port()}
+    answers, printed = asked(env, code)
+    assert answers["there"] == [digest(hub.files[url(FINEWEB, f"shard_0{i}.parquet")]) for i in ("0000", "1822")]
+    assert answers["seconds"] < 10 and len(hub.requests) == seen and not printed
+    assert how == "no network" or one_line(answers["not there"], "cannot get shard_00001.parquet", "HF_HUB_OFFLINE")
+
+
+def test_a_file_damaged_in_the_cache_is_fetched_anew(hub, tmp_path):
+    """Whether bytes have changed, or the end is missing, as after a power cut. Where a file system has no symbolic links,
+    hashes count for what is downloaded."""
+    code = """
+for damage in (lambda data: b"\\0" * 99 + data[99:], lambda data: data[:-99], lambda data: b""):
+    blob = first().resolve()
+    blob.write_bytes(damage(blob.read_bytes()))
+    answers.setdefault("sha", []).append(sha(first()))
+"""
+    answers, _ = asked(hub.environment(tmp_path), code)
+    data = hub.files[url(FINEWEB)]
+    assert answers["sha"] == [digest(data)] * 3
+    hub.faults[url(FINEWEB)] = [Fault(body=data[:100] + bytes(100) + data[200:])]
+    env = hub.environment(tmp_path / "other") | {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    assert asked(env, "answers['sha'] = sha(first())")[0]["sha"] == digest(data)
+
+
+def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_path):
+    data = hub.files[url(FINEWEB)] = large(2, 13 * MB)
+    hub.faults[url(FINEWEB)] = [Fault(cut=12 * MB, wait=threading.Event())]
+    process = started_code(FIRST + "first()", hub.environment(tmp_path))
+    blobs = tmp_path / "hf" / "hub" / f"datasets--{FINEWEB.replace('/', '--')}" / "blobs"
+    until(lambda: any(path.stat().st_size for path in blobs.glob("*")), process)  # some of it is on the disk
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code = "answers['sha'], answers['left'] = sha(first()), wrong_files()"
+    answers, _ = asked(hub.environment(tmp_path), code)
+    assert answers == {"sha": digest(data), "left": []}
+
+
+def test_a_full_disk(hub, tmp_path):
+    """One line; and when there is room, the same call goes well. A limit on the size of files stands for the disk."""
+    data = hub.files[url(FINEWEB)] = large(3, 3 * MB)
+    code = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+answers["said"], answers["left"] = message(first), wrong_files()
+resource.setrlimit(resource.RLIMIT_FSIZE, before)
+answers["sha"] = sha(first())
+"""
+    answers, _ = asked(hub.environment(tmp_path), code)
+    assert one_line(answers["said"], "cannot get shard_00000.parquet")
+    assert answers["left"] == [] and answers["sha"] == digest(data)
+    assert hub.requests.count(("GET", url(FINEWEB))) == 2  # a full disk is no reason to try again
+
+
+def test_a_token_is_told_to_nobody(hub, tmp_path):
+    """Pasted with the end of its line, as into a secrets panel, it works; and no message has it."""
+    code = """
+for name, token in {"line": "hf_secret\\n", "lines": "hf_\\nsecret"}.items():
+    os.environ["HF_TOKEN"] = token
+    answers[name] = message(lambda: nb.hub_download(*first.args).name)
+"""
+    answers, _ = asked(hub.environment(tmp_path), code)
+    assert answers["line"] == "no error, but shard_00000.parquet"
+    assert "secret" not in answers["lines"] and one_line(answers["lines"], "HF_TOKEN")
+
+
+def test_any_dataset_of_the_hub(hub, tmp_path):
+    """By its name, or a folder of it; the last shard validates; a listing is asked for again when it fails."""
+    names = ["b/1.parquet", "b/0.parquet", "b/2.parquet", "a.parquet", "README.md", "b/deep/3.parquet", "c/x.csv"]
+    hub.files |= {url("me/corpus", name): parquet(documents(name)) for name in names}
+    hub.files |= {url("me/none", "README.md"): b"", url("me/one", "a.parquet"): parquet(["a"])}
+    hub.repos |= {"/datasets/me/corpus", "/datasets/me/none", "/datasets/me/one"}
+    hub.page_size = 2
+    code = """
+def names(dataset):
+    train, last = nb.list_shards(config.replace(dataset=dataset, num_shards=-1))
+    return [fetch.args[1] for fetch in (*train, last)]
+
+for dataset in ("me/corpus", "me/corpus/b", "me/none", "me/one", "me/nothing"):
+    answers[dataset] = message(lambda: names(dataset))
+train, last = nb.list_shards(config.replace(dataset="me/corpus/b", num_shards=2))
+answers["got"] = [sha(fetch()) for fetch in (*train, last)]
+"""
+    hub.faults["/api/datasets/me/corpus/tree/main"] = [Fault(status=500), Fault(cut=5)]
+    answers, _ = asked(hub.environment(tmp_path), code)
+    folder = ["b/0.parquet", "b/1.parquet", "b/2.parquet", "b/deep/3.parquet"]
+    assert answers["me/corpus"] == f"no error, but {['a.parquet', *folder]}"
+    assert answers["me/corpus/b"] == f"no error, but {folder}"
+    assert answers["got"] == [digest(hub.files[url("me/corpus", folder[i])]) for i in (0, 1, 3)]
+    assert one_line(answers["me/none"], "'me/none'", "0 parquet shards")
+    assert one_line(answers["me/one"], "'me/one'", "1 parquet shards", "at least two")
+    assert one_line(answers["me/nothing"], "cannot get the list of shards of me/nothing", "401")
+
+
+def test_hub_tokenizer(hub, tmp_path):
+    """The user's Hub repo comes before training, and before what an earlier run had trained. A repo without a tokenizer
+    is no obstacle; a repo that is not there is a mistake. What is uploaded anew under the name is found anew."""
+    code = """
+mine = config.replace(vocab_size=4096, hf_repo_id="me/mine")
+nb.save_tokenizer(nb.find_tokenizer(mine, first()), Path.home() / "found")
+nb.find_tokenizer(config, first())
+answers["small"] = message(lambda: nb.find_tokenizer(mine.replace(vocab_size=300), first()))
+answers["wrong name"] = message(lambda: nb.find_tokenizer(config.replace(hf_repo_id="me/none"), first()))
+answers["other"] = nb.find_tokenizer(config.replace(hf_repo_id="me/other", vocab_size=310), first()).n_vocab
+nb.save_tokenizer(nb.train_tokenizer(["some other text " * 9], 270), Path.home() / "new")
+"""
+    answers, _ = asked(hub.environment(tmp_path), code)
+    wanted = {name: hub.files[f"/me/mine/resolve/main/tokenizer/{name}"] for name in FILES}
+    assert {name: (tmp_path / "found" / name).read_bytes() for name in FILES} == wanted
+    assert one_line(answers["small"], "vocab_size=300", "4096 tokens")
+    assert one_line(answers["wrong name"], "cannot get", "me/none")
+    assert answers["other"] == 310
+    hub.files |= {f"/me/mine/resolve/main/tokenizer/{name}": (tmp_path / "new" / name).read_bytes() for name in FILES}
+    hub.commits += 1
+    code = "answers['n'] = nb.find_tokenizer(config.replace(hf_repo_id='me/mine'), first()).n_vocab"
+    assert asked(hub.environment(tmp_path), code)[0]["n"] == 270
+
+
+def test_a_run_begins_before_the_validation_shard_is_there(hub, tmp_path):
+    """And ends with what it measures on a folder of the same shards. One that never comes is the end."""
+    shards = {"shard_00000.parquet": parquet(documents(21, 4)), "shard_01822.parquet": parquet(documents(22, 4))}
+    (tmp_path / "shards").mkdir()
+    for name, data in shards.items():
+        hub.files[url(FINEWEB, name)] = data
+        (tmp_path / "shards" / name).write_bytes(data)
+    hub.files[url(CLIMBMIX)] = shards["shard_00000.parquet"]
+    hub.repos.add(f"/datasets/{CLIMBMIX}")
+    arrives = threading.Event()
+    hub.faults[url(FINEWEB, "shard_01822.parquet")] = [Fault(cut=1000, wait=arrives, times=ALWAYS)]
+    settings = TINY | dict(num_iterations=6, eval_interval=0, save_interval=0, sample_interval=0, log_interval=1)
+    code = f"""
+config = config.replace(**{settings!r})
+for name, dataset in {{"hub": config.dataset, "folder": str(Path.home() / "shards")}}.items():
+    result = nb.train(config.replace(dataset=dataset, run_dir=str(Path.home() / name)))
+    answers[name] = [result["step"], result["loss"], result["val_loss"], result["val_bpb"]]
+never = config.replace(dataset={CLIMBMIX!r}, run_dir=str(Path.home() / "never"))
+answers["never"] = message(lambda: nb.train(never))
+"""
+    process = started_code(FIRST + code, hub.environment(tmp_path) | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"})
+    try:
+        metrics = tmp_path / "hub" / "metrics.jsonl"
+        until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), process)
+        assert "val_loss" not in metrics.read_text() and not arrives.is_set()
+    finally:
+        arrives.set()
+    answers, _ = answers_of(process)
+    assert answers["hub"] == answers["folder"] and answers["hub"][0] == 6 and all(map(math.isfinite, answers["hub"]))
+    assert one_line(answers["never"], "cannot get shard_06542.parquet of " + CLIMBMIX, "404")
+
+
+# ---- what the processes of the fixture have met meanwhile
+
+
+@pytest.fixture(scope="module")
+def met(background):
+    """What became of each of CASES."""
+    return answers_of(background["cases"])[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_right_bytes_or_one_clear_line(met, name):
+    case, answer = CASES[name], met[name]
+    if case.data is not None and "sha" in answer:
+        assert answer["sha"] == digest(case.data)
+    if not case.words:
+        assert answer["said"].startswith("no error"), answer["said"]
+    else:
+        assert one_line(answer["said"], "shard_00000.parquet", *case.words)
+        assert "sha" in answer or one_line(answer["said"], "cannot get", f"of {case_repo(name)}")
+    assert answer["seconds"] < SECONDS and met["wrong files"] == []
+
+
+def test_what_is_asked_again(met, background):
+    """A Hub that refuses is not asked again and again; one in trouble is, some times. A cut download goes on from the
+    last block that its client had written: what came before is not sent again."""
+
+    def asked(name, method):
+        return background["hub"].requests.count((method, url(case_repo(name))))
+
+    assert [asked(name, "HEAD") for name in ("404", "401", "gated")] == [1] * 3
+    assert asked("403 on GET", "GET") == 1 and asked("not parquet", "GET") == 1
+    assert asked("500 on GET, twice", "GET") == 3 and asked("wrong bytes", "GET") == 2
+    assert 2 < asked("wrong bytes for ever", "GET") < 9
+    first, second = [part[1:] for part in background["hub"].sent if part[0] == url(case_repo("cut"))]
+    assert first == (0, CUT) and second == (20 * MB, len(LARGE))
+
+
+def test_no_network(background):
+    """The client tries for some time; then it is one line."""
+    answers, _ = answers_of(background["alone"])
+    assert one_line(answers["said"], "cannot get shard_00000.parquet", "no connection")
+    assert answers["seconds"] < 60

@@ -7,6 +7,7 @@ from pathlib import Path
 if "accelerator" not in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes that tests start
 os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tpuchat/xla"))  # also with another HOME
 for secret in ("HF_TOKEN", "WANDB_API_KEY"):
     os.environ.pop(secret, None)
 

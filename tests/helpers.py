@@ -131,6 +131,11 @@ def metrics(run):
     return [{name: value for name, value in line.items() if name not in RATES} for line in lines]
 
 
+def contents(folder):
+    """{relative path: bytes} of all files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def saved_steps(run):
     return [int(path.name[5:]) for path in sorted((Path(run) / "checkpoints").glob("step_*"))]
 
@@ -222,14 +227,16 @@ def run_code(code, env=None):
     return answers_of(started_code(code, env))
 
 
-def run_notebook(name, folder, config_line, addition):
-    """(text, outputs) of an .ipynb in a real kernel, with `addition` below the cell that has `config_line`."""
+def run_notebook(name, folder, **settings):
+    """(text, outputs) of an .ipynb in a real kernel; `settings` are of its Config, or of its forms."""
     import nbclient
     import nbformat
 
+    from tools import colab
+
     notebook = nbformat.read(ROOT / name, 4)
-    (cell,) = (cell for cell in notebook.cells if config_line in cell.source)
-    cell.source += f"\n{addition}"
+    colab.change(notebook, name, [f"{field}={value}" for field, value in settings.items()])
+    notebook = nbformat.from_dict(notebook)
     (folder / name).write_text(nbformat.writes(notebook))
     where = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()

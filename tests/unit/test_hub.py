@@ -223,8 +223,8 @@ if os.environ.get("HF_HUB_OFFLINE"):  # without a network the client would wait
 
 
 def test_a_file_damaged_in_the_cache_is_fetched_anew(hub, tmp_path):
-    """Whether bytes have changed, or the end is missing, as after a power cut. Where a file system has no symbolic links,
-    hashes count for what is downloaded."""
+    """Whether bytes have changed, or the end is missing, as after a power cut. Hashes count on a file system without
+    symbolic links, too."""
     code = """
 for damage in (lambda data: b"\\0" * 99 + data[99:], lambda data: data[:-99], lambda data: b""):
     blob = first().resolve()

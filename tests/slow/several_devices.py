@@ -1,6 +1,6 @@
 """What test_mesh.py wants to know of eight devices: run in a process of its own, since jax counts its devices once.
 
-python -m tests.several_devices NAME ARGUMENT…      prints a JSON object
+python -m tests.slow.several_devices NAME ARGUMENT…      prints a JSON object
 """
 
 import json
@@ -15,39 +15,36 @@ os.environ["NPROC"] = "64"  # XLA's threads: with as many as cores, devices that
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from tests.conftest import ROOT  # noqa: E402
+from tests.helpers import ROOT, batch, interpreted, leaves, small_config  # noqa: E402
 from tools.notebooks import load  # noqa: E402
 
 MESHES = (1, 1), (8, 1), (1, 8), (2, 4)
-STEPS = 10
+STEPS = 5
 
 
-def small_config(nb, mesh, passes=1, **changes):
+def config_of(nb, mesh, passes=1, **changes):
     """16 sequences a step, on one device or on eight, in one pass or several. eps is large beside the rounding of
     gradients, which Adam would otherwise blow up to a full update where the gradient itself is nearly zero."""
-    config = dict(
-        n_head=2, n_kv_head=1, head_dim=64, window_pattern="SL", vocab_size=512, seq_len=128, splash_block_size=128,
-        compute_dtype="float32", attn_impl="einsum", num_iterations=STEPS, learning_rate=0.01, eps=1e-3, mesh=mesh,
-        device_batch_size=16 // (mesh[0] * mesh[1] * passes),
-    )  # fmt: skip
+    sizes = dict(num_iterations=STEPS, eps=1e-3, learning_rate=0.02, warmup_ratio=0.0, splash_block_size=128, mesh=mesh)
+    sizes |= dict(device_batch_size=16 // (mesh[0] * mesh[1] * passes))
     if nb.__name__ == "nb_02_train":
-        config["aspect_ratio"] = 64  # two layers
-    else:
-        config |= dict(n_embd=256, n_layer=2, mlp_dim=512, head_dim=256, n_kv_head=2, seq_len=256)
-    config |= changes
-    return nb.Config(total_batch_size=16 * config["seq_len"], **config)
+        sizes |= dict(n_head=2, n_kv_head=1, head_dim=64, aspect_ratio=64, vocab_size=512, seq_len=128)  # two layers
+    sizes |= changes
+    config = small_config(nb, **sizes)
+    return config.replace(total_batch_size=16 * config.seq_len)
 
 
-def rows(config, step):
-    stream = np.random.default_rng(step).integers(0, config.vocab_size, (16, config.seq_len + 1)).astype(np.int32)
-    return stream[:, :-1], stream[:, 1:]
+def put_batch(nb, config, seed):
+    """A step's batch on the devices of the mesh."""
+    return nb.put_rows(config, jax.device_get(batch(config, seed)))
 
 
 def run(nb, config, steps=STEPS):
     """(state, losses, programs) of some steps."""
     before, state, losses = nb.train_step._cache_size(), nb.init_train_state(config), []
     for step in range(steps):
-        state, metrics = nb.train_step(config, state, *nb.put_rows(config, rows(config, step)))
+        with interpreted():
+            state, metrics = nb.train_step(config, state, *put_batch(nb, config, step))
         losses.append(float(metrics["loss"]))
     return state, losses, nb.train_step._cache_size() - before
 
@@ -58,12 +55,12 @@ def largest_difference(one, other):
 
 
 def parity(notebook, changes, *meshes):
-    """How far each mesh is from one device, after ten steps."""
+    """How far each mesh is from one device, after five steps."""
     nb, found, alone = load(ROOT / notebook), {}, None
     for mesh in MESHES:
         if meshes and str(mesh) not in meshes and mesh != (1, 1):
             continue
-        config = small_config(nb, mesh, **json.loads(changes))
+        config = config_of(nb, mesh, **json.loads(changes))
         if mesh == (1, 1):
             start = jax.device_get(nb.init_train_state(config).params)
         state, losses, programs = run(nb, config)
@@ -82,18 +79,18 @@ def parity(notebook, changes, *meshes):
 def checkpoints():
     """A state saved on 8 devices, loaded on meshes of 1, 4 and 8: equal to the bit, and it can be trained on."""
     nb, found = load(ROOT / "02_train.py"), {}
-    state, _, _ = run(nb, small_config(nb, (2, 4)), steps=3)
-    whole = jax.device_get(nb.named_arrays(state))
+    state, _, _ = run(nb, config_of(nb, (2, 4)), steps=3)
+    whole = leaves(jax.device_get((state.params, state.mu, state.nu)))
     with tempfile.TemporaryDirectory() as folder:
-        path = nb.save_checkpoint(folder, small_config(nb, (2, 4)), state)
-        found["files"] = sorted(file.name for file in path.iterdir())
-        for mesh in ((1, 1), (4, 1), (1, 4), (2, 2), (1, 8), (2, 4)):
-            config = small_config(nb, mesh)
+        path = nb.save_checkpoint(folder, config_of(nb, (2, 4)), state)
+        for mesh in ((1, 1), (4, 1), (1, 4), (2, 2), (2, 4)):
+            config = config_of(nb, mesh)
             again, _ = nb.load_checkpoint(path, config)
-            equal = all(np.array_equal(whole[name], x) for name, x in nb.named_arrays(again).items())
-            parts = [x.addressable_shards[0].data.size for x in jax.tree.leaves(again.params)]
-            again, metrics = nb.train_step(config, again, *nb.put_rows(config, rows(config, 3)))
-            found[str(mesh)] = {"equal": equal, "loss": float(metrics["loss"]), "held": sum(parts)}
+            arrays = leaves((again.params, again.mu, again.nu))
+            equal = all(np.array_equal(whole[name], x) for name, x in arrays.items()) and int(again.step) == 3
+            held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(again.params))
+            again, metrics = nb.train_step(config, again, *put_batch(nb, config, 3))
+            found[str(mesh)] = {"equal": equal, "loss": float(metrics["loss"]), "held": held}
     return found
 
 
@@ -101,7 +98,7 @@ def whatever_uses_a_model():
     """Evaluation, surprise and generation on eight devices and on one, with the embedded corpus."""
     nb, found = load(ROOT / "02_train.py"), {}
     for mesh in MESHES:
-        config = small_config(nb, mesh, vocab_size=4096, dataset="embedded", num_shards=-1)
+        config = config_of(nb, mesh, vocab_size=4096, dataset="embedded", num_shards=-1)
         shards, validation = nb.list_shards(config)
         tokenizer = nb.find_tokenizer(config, shards[0]())
         with nb.PrefetchDataLoader(config, tokenizer, shards) as loader:

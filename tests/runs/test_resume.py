@@ -1,0 +1,240 @@
+"""A run goes on where it was: after a stop, with a damaged checkpoint, on a new machine; and refuses what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import (
+    QUIET,
+    TINY,
+    contents,
+    output_of,
+    read_until,
+    run_code,
+    same_end,
+    saved_steps,
+    started,
+    state_file,
+    tiny,
+)
+from tests.hub_server import HubServer
+
+
+@pytest.fixture
+def interrupted(finished, tmp_path):
+    """The folder of a copy of the finished run as of step 9: it was never saved at its end."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].run_dir, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    return run
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(nb, finished, interrupted):
+    """Whatever has become of the files that were being written when the machine died: metrics come back from the
+    checkpoint, to the bit."""
+    config, summary = finished
+    (interrupted / "metrics.jsonl").write_bytes(b"\0" * 300)
+    (interrupted / "config.json").write_text("")
+    again = nb.train(tiny(nb, interrupted))
+    assert again["val_loss"] == summary["val_loss"] and same_end(interrupted, config.run_dir)
+    assert (interrupted / "samples.txt").read_text() == Path(config.run_dir, "samples.txt").read_text()
+
+
+DAMAGE = {
+    "truncated": lambda checkpoint: os.truncate(checkpoint / "state.safetensors", 1000),
+    "one bit": lambda checkpoint: flip(checkpoint / "state.safetensors"),
+    "a bit of the metrics": lambda checkpoint: flip(checkpoint / "metrics.jsonl"),
+    "missing": lambda checkpoint: (checkpoint / "state.safetensors").unlink(),
+    "half of the meta": lambda checkpoint: os.truncate(checkpoint / "meta.json", 100),
+}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(nb, finished, tmp_path, capsys, damage):
+    """The one before it is used, and the end is that of a run that nothing happened to."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].run_dir, run)
+    newest = run / "checkpoints" / "step_00000012"
+    meta = json.loads((newest / "meta.json").read_text())
+    (newest / "meta.json").write_text(json.dumps(meta | {"finished": False}))  # or the next start takes a new folder
+    DAMAGE[damage](newest)
+    summary = nb.train(tiny(nb, run))
+    out = capsys.readouterr().out
+    assert "step_00000012 is not whole and is passed over" in out
+    assert "resumed at step 9" in out and summary["run_dir"] == str(run)
+    assert same_end(run, finished[0].run_dir)
+
+
+# ---- folders
+
+
+def test_a_finished_run_is_never_overwritten(nb, finished):
+    config, _ = finished
+    before = Path(config.run_dir, "metrics.jsonl").read_bytes()
+    run, checkpoint = nb.open_run(config)
+    assert (run.name, checkpoint) == ("run-2", None)
+    assert Path(config.run_dir, "metrics.jsonl").read_bytes() == before
+
+
+def test_an_unfinished_run_of_another_config_is_refused(nb, interrupted):
+    config = tiny(nb, interrupted, learning_rate=0.5)
+    with pytest.raises(nb.InputError, match=r"learning_rate 0\.\d+ → 0\.5.*resume='never'"):
+        nb.train(config)
+    assert nb.open_run(config.replace(resume="never"))[0].name == "run-2"
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(nb, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(nb.InputError, match="holds no run"):
+        nb.train(tiny(nb, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(nb.InputError, match="run_dir=.*cannot use"):
+        nb.train(tiny(nb, tmp_path / "thesis.tex" / "run"))
+
+
+# ---- signals
+
+
+LONG = TINY | QUIET | dict(num_iterations=400, n_head=1, seq_len=32)
+
+
+@pytest.fixture(scope="module")
+def long_run(nb, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long") / "run"
+    nb.train(tiny(nb, folder, **LONG))
+    return folder
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_start_goes_on(nb, long_run, tmp_path, number, status):
+    """After the step that runs, with a checkpoint of it; the end is bit for bit that of an uninterrupted run."""
+    process = started("02_train.py", cwd=tmp_path, run_dir=tmp_path / "run", **LONG)
+    read_until(process, "first step")
+    time.sleep(0.2)
+    process.send_signal(number)
+    out = output_of(process)
+    assert process.returncode == status, out
+    (stopped,) = saved_steps(tmp_path / "run")
+    assert f"{number.name}: stopped after step {stopped};" in out and f"stopped by {number.name}" in out
+    assert nb.train(tiny(nb, tmp_path / "run", **LONG))["step"] == 400
+    assert same_end(tmp_path / "run", long_run, step=400)
+
+
+def test_a_notebook_goes_on_after_its_stop_button(nb, tokenizer, tmp_path, monkeypatch):
+    """In the same process: train comes back, the model can be evaluated and sampled, and train goes on. The handlers of
+    before are back."""
+    config, before = tiny(nb, tmp_path / "run", final_eval_tokens=1024), signal.getsignal(signal.SIGINT)
+    train_step = nb.train_step
+
+    def press_stop(config, state, *batch):
+        if int(state.step) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(config, state, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nb, "train_step", press_stop)
+        summary = nb.train(config)
+    assert (summary["step"], summary["stopped"]) == (5, "SIGINT") and saved_steps(tmp_path / "run") == [3, 5]
+    nb.show_summary(summary)
+    state, _ = nb.load_checkpoint(nb.list_checkpoints(tmp_path / "run")[-1], config)
+    assert nb.generate(config, state.params, tokenizer, "It is", max_new_tokens=3).startswith("It is")
+    assert signal.getsignal(signal.SIGINT) == before
+    assert nb.train(config)["stopped"] == ""
+
+
+def test_a_second_stop_interrupts_at_once(nb):
+    with pytest.raises(KeyboardInterrupt), nb.stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == ["SIGINT"]
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_training_in_a_thread_leaves_signals_alone(nb):
+    def use():
+        with nb.stop_requests() as asked:
+            return asked
+
+    assert nb.in_background(use).result() == []
+
+
+# ---- on a new machine
+
+
+def test_a_new_machine_goes_on_from_a_folder(nb, finished, tmp_path):
+    """As after a runtime was taken away: the run folder is gone, the mounted Drive is not."""
+    config = tiny(nb, tmp_path / "one" / "run", backup=str(tmp_path / "drive"))
+    train_step = nb.train_step
+
+    def die(config, state, *batch):
+        if int(state.step) == 7:
+            raise RuntimeError("the runtime is gone")
+        return train_step(config, state, *batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr(nb, "train_step", die)
+        nb.train(config)
+    shutil.rmtree(tmp_path / "one")
+    assert saved_steps(tmp_path / "drive" / "run") == [3, 6]
+    nb.train(config.replace(run_dir=str(tmp_path / "two" / "run")))
+    assert same_end(tmp_path / "two" / "run", finished[0].run_dir)
+    assert saved_steps(tmp_path / "drive" / "run")[-1] == 12
+
+
+TOKEN = "hf_" + "plantedSecret123"
+
+
+def test_a_new_machine_goes_on_from_the_hub(finished, tmp_path):
+    """Two processes on two 'machines', with a Hub on loopback between them. The secret is nowhere: not in what is
+    printed, not in what is written, not in what is uploaded."""
+    settings = TINY | dict(backup="hub", hf_repo_id="me/model")
+    code = f"""
+sys.stderr = sys.stdout
+config = nb.Config.demo().replace(**{settings!r}, run_dir=str(Path.home() / "run"))
+"""
+    with HubServer({}) as hub:
+        one, two = (hub.environment(tmp_path / home) | {"HF_TOKEN": TOKEN} for home in ("one", "two"))
+        _, printed = run_code(code + "nb.train(config)", one)
+        folder = "/me/model/resolve/main/checkpoints/run/"
+        files = {path.removeprefix(folder): data for path, data in hub.files.items()}
+        assert set(files) == {"meta.json", "metrics.jsonl", "state.safetensors"}
+        assert files["state.safetensors"] == state_file(finished[0].run_dir)
+        meta = json.loads(files["meta.json"]) | {"finished": False}  # as if there were more to do
+        hub.files[folder + "meta.json"] = json.dumps(meta).encode()
+        code += "run, checkpoint = nb.open_run(config)\n"
+        code += "answers['found'] = [checkpoint.name, nb.load_checkpoint(checkpoint, config)[1]['step']]"
+        answers, printed_too = run_code(code, two)
+    assert answers["found"] == ["step_00000012", 12]
+    assert state_file(tmp_path / "two" / "run") == state_file(finished[0].run_dir)
+    everything = [str(printed + printed_too).encode(), *hub.files.values()]
+    everything += contents(tmp_path).values()
+    assert len(everything) > 15 and not any(TOKEN.encode() in data for data in everything)
+
+
+@pytest.mark.parametrize("step", ["../../../evil", -1, None])
+def test_a_backup_cannot_leave_the_run_folder(nb, tmp_path, monkeypatch, step):
+    """A step that is a path, from a repo that someone else wrote: nothing is written outside, nothing is used."""
+    files = {"meta.json": json.dumps({"step": step, "files": {"state.safetensors": {}}, "config": {}}).encode()}
+    files |= {"state.safetensors": b"x", "metrics.jsonl": b""}
+    (tmp_path / "hub").mkdir()
+
+    def download(repo, name, kind):
+        (tmp_path / "hub" / "file").write_bytes(files[name.rpartition("/")[2]])
+        return tmp_path / "hub" / "file"
+
+    monkeypatch.setattr(nb, "hub_download", download)
+    config = tiny(nb, tmp_path / "here" / "run", backup="hub", hf_repo_id="me/model")
+    (tmp_path / "here" / "run").mkdir(parents=True)
+    nb.restore_backup(config, tmp_path / "here" / "run")
+    assert not list((tmp_path / "here" / "run").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "hub"]

@@ -1,0 +1,367 @@
+"""01_tokenizer.py, as a script and in a real Jupyter kernel: trains, checks, compares, uploads; and its checks."""
+
+import dataclasses
+import functools
+import os
+import random
+import subprocess
+import sys
+import threading
+import types
+
+import huggingface_hub
+import nbclient
+import nbformat
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import regex
+import tiktoken
+
+from tests.conftest import ROOT
+from tests.hub_server import HubServer
+from tools.notebooks import load
+
+FILES = ("tokenizer.tiktoken", "tokenizer.json")
+EMBEDDED = ROOT / "data" / "embedded"
+FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
+SECRET = "hf_planted_secret"
+
+
+@pytest.fixture(scope="module")
+def nb01():
+    """01_tokenizer as a module."""
+    return load(ROOT / "01_tokenizer.py")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(nb01):
+    return nb01.load_tokenizer(EMBEDDED / "tokenizer")
+
+
+def no_network(home):
+    """An environment in which nothing answers: neither the Hub nor where tiktoken's rivals lie."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    nowhere = "http://127.0.0.1:9"  # the discard port: refused at once
+    return mine | {"HOME": str(home), "HF_ENDPOINT": nowhere, "https_proxy": nowhere, "http_proxy": nowhere}
+
+
+def script(env, cwd, *options):
+    command = [sys.executable, str(ROOT / "01_tokenizer.py"), *options]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def write_shards(folder, count=3):
+    """`count` shards of a few hundred seeded words, 20 documents each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = random.Random(i)
+        words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(300)]
+        texts = [" ".join(rng.choices(words, k=200)) for _ in range(20)]
+        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet")
+    return folder
+
+
+# ---- the whole notebook
+
+
+def test_without_network_it_rebuilds_the_embedded_tokenizer(nb01, tmp_path):
+    """As a script, from another folder, with an empty home: every line that a person looks for is there."""
+    done = script(no_network(tmp_path), tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "this will be the demo", "4,096 tokens from 4 shards", "byte for byte the tokenizer beside the shards",
+        "40 documents, 1,187,692 bytes, 291,015 tokens: all come back", "Unicode, all 17 planes", "arbitrary bytes",
+        "no comparison with GPT-2", "no comparison with GPT-4", "bytes per token",
+        "first merges:   ' ' + 't',  'h' + 'e'", "longest tokens: ' Representatives' (16)",
+        "no upload to the Hub: set hf_repo_id=owner/name and HF_TOKEN", "in ~/.cache/tpuchat/tokenizers/",
+    ):  # fmt: skip
+        assert line in done.stdout, (line, done.stdout)
+    (made,) = (tmp_path / ".cache" / "tpuchat" / "tokenizers").iterdir()
+    assert all((made / name).read_bytes() == (EMBEDDED / "tokenizer" / name).read_bytes() for name in FILES)
+    assert (
+        not done.stderr and "first merges: 'he'" not in done.stdout
+    )  # no bar in a log file, no try-it cell in a script
+    (picture,) = (tmp_path / "runs" / "tokenizer-demo").iterdir()
+    assert picture.name == "tokenizer.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
+    for name, value in no_network(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    notebook = nbformat.read(ROOT / "01_tokenizer.ipynb", 4)
+    (cell,) = (cell for cell in notebook.cells if "Config.for_network())\n" in cell.source)
+    cell.source += f"\nconfig = config.replace(dataset={str(EMBEDDED)!r})"  # the notebook does not know where it lies
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    assert "byte for byte the tokenizer beside the shards" in text and "bytes per token" in text
+    assert "▏ dogs▏...▏" in text and "rustbpe has the same: True" in text  # two of the cells to try
+    assert "reading, then merging: 100%" in text  # the bar, and not in red
+    assert not any("merging" in output.get("text", "") for output in outputs if output.get("name") == "stderr")
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--vocab_size=264", ["vocab_size=264", "at least 265"]),
+        ("--vocab_size=many", ["--vocab_size", "'many'", "int"]),
+        ("--num_shards=0", ["num_shards=0", "positive"]),
+        ("--doc_chars=0", ["doc_chars=0", "positive"]),
+        ("--vocab_sise=300", ["--vocab_sise", "did you mean 'vocab_size'?"]),
+        ("--dataset=/no/such/folder", ["dataset='/no/such/folder'", "folder of parquet shards"]),
+        ("--run_dir=/proc/nowhere", ["cannot write to /proc/nowhere", "run_dir"]),
+        ("--vocab_size=4000000", ["vocab_size=4000000", "yields only", "give more text"]),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, option, words):
+    done = script(no_network(tmp_path), tmp_path, option)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), done.stderr
+    assert not list(tmp_path.rglob("tokenizer.*"))
+
+
+def test_help_has_a_sentence_for_each_option(nb01, tmp_path):
+    done = script(no_network(tmp_path), tmp_path, "--help")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for field in dataclasses.fields(nb01.Config):
+        sentence = field.metadata["help"]
+        assert f"--{field.name}" in text and len(sentence.split()) > 2 and sentence in text, field.name
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3], []], ids=["numbers", "no documents"])
+def test_a_shard_that_is_not_text_is_refused(tmp_path, values):
+    folder = write_shards(tmp_path / "corpus")
+    pq.write_table(pa.table({"text": pa.array(values, pa.int64() if values else pa.string())}), folder / "a.parquet")
+    done = script(no_network(tmp_path), tmp_path, f"--dataset={folder}", "--vocab_size=300")
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 2 and last.startswith("error: ") and "a.parquet" in last
+    assert ("text (int64)" if values else "has 0 rows") in last
+
+
+def test_from_the_hub_and_back(nb, tmp_path):
+    """Two shards of FineWeb-Edu from a Hub on loopback, a tokenizer from them, uploaded to a repo that was not there;
+    02_train in a new home, with the same repo, takes that one. The secret is in no output."""
+    folder = write_shards(tmp_path / "shards")
+    names = {"shard_00000.parquet": 0, "shard_00001.parquet": 1, "shard_01822.parquet": 2}
+    files = {
+        f"/datasets/{FINEWEB}/resolve/main/{name}": (folder / f"shard_{i:05d}.parquet").read_bytes()
+        for name, i in names.items()
+    }
+    with HubServer(files) as hub:
+        env = hub.environment(tmp_path / "one") | {"HF_TOKEN": SECRET, "HF_HUB_DISABLE_XET": "1"}
+        env |= {name: "http://127.0.0.1:9" for name in ("https_proxy", "http_proxy")} | {"NO_PROXY": "127.0.0.1"}
+        done = script(env, tmp_path, "--vocab_size=300", "--num_shards=2", "--hf_repo_id=me/mine")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"data: 2 shards of {FINEWEB}, and one for validation" in done.stdout
+        assert "300 tokens from 2 shards" in done.stdout and "uploaded to" in done.stdout
+        code = f"""
+import pathlib, sys; sys.path.insert(0, {str(ROOT)!r})
+from tools.notebooks import load
+nb = load({str(ROOT / "02_train.py")!r})
+config = nb.Config.demo().replace(dataset={FINEWEB!r}, num_shards=1, vocab_size=300, hf_repo_id="me/mine")
+shards, _ = nb.list_shards(config)
+nb.save_tokenizer(nb.find_tokenizer(config, shards[0]()), pathlib.Path({str(tmp_path / "found")!r}))
+"""
+        env |= {"HOME": str(tmp_path / "two"), "HF_HOME": str(tmp_path / "two" / "hf")}
+        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        assert found.returncode == 0, found.stderr
+        assert "training" not in found.stdout
+    (made,) = (tmp_path / "one" / ".cache" / "tpuchat" / "tokenizers").iterdir()
+    want = [(made / name).read_bytes() for name in FILES]
+    assert want == [(tmp_path / "found" / name).read_bytes() for name in FILES]
+    texts = [text for i in (0, 1) for _, text in nb.read_documents(folder / f"shard_{i:05d}.parquet")]
+    ranks = nb.train_tokenizer(texts, 300)._mergeable_ranks  # both shards, and not the one that validates
+    assert nb.load_tokenizer(made)._mergeable_ranks == ranks
+    assert SECRET not in done.stdout + done.stderr + found.stdout + found.stderr
+
+
+def test_a_local_tokenizer_comes_before_the_hub(nb, tmp_path, monkeypatch):
+    """What 01 has made on this machine is found without asking anybody."""
+    folder = write_shards(tmp_path / "corpus")
+    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(nb, "hub_download", lambda *_: pytest.fail("the Hub was asked"))
+    config = nb.Config.demo().replace(dataset=str(folder), vocab_size=300, hf_repo_id="me/mine")
+    first = folder / "shard_00000.parquet"
+    made = nb.train_tokenizer(["a text of its own " * 50] + ["".join(map(chr, range(32, 127))) * 3] * 9, 300)
+    nb.save_tokenizer(made, nb.tokenizer_folder(config, first))
+    assert nb.find_tokenizer(config, first)._mergeable_ranks == made._mergeable_ranks
+
+
+def test_a_tokenizer_of_other_shards_is_not_taken(nb, tmp_path, monkeypatch, capsys):
+    """What was trained on the first shard is trained anew when that shard is another one."""
+    folder = write_shards(tmp_path / "corpus")
+    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
+    config = nb.Config.demo().replace(dataset=str(folder), vocab_size=300)
+    first = folder / "shard_00000.parquet"
+    before = nb.find_tokenizer(config, first)._mergeable_ranks
+    pq.write_table(pa.table({"text": ["quite another text " * 30 + str(list(range(500)))] * 40}), first)
+    assert nb.find_tokenizer(config, first)._mergeable_ranks != before
+    assert capsys.readouterr().out.count("training a tokenizer") == 2
+
+
+# ---- reading
+
+
+def test_the_next_shard_is_fetched_while_one_is_read(nb01, tmp_path):
+    folder = write_shards(tmp_path)
+    asked = [threading.Event() for _ in range(3)]
+
+    def fetcher(i):
+        def fetch():
+            asked[i].set()
+            return folder / f"shard_{i:05d}.parquet"
+
+        return fetch
+
+    paths = nb01.fetch_ahead([fetcher(i) for i in range(3)])
+    assert next(paths).name == "shard_00000.parquet"
+    assert asked[1].wait(10) and not asked[2].is_set()
+    assert [path.name for path in paths] == ["shard_00001.parquet", "shard_00002.parquet"]
+
+
+def test_a_shard_that_cannot_be_had_stops_the_training(nb01, tmp_path):
+    folder = write_shards(tmp_path)
+    fetchers = [functools.partial(nb01.check_shard, folder / name) for name in ("shard_00000.parquet", "none.parquet")]
+    paths = nb01.fetch_ahead(fetchers)
+    assert next(paths) == folder / "shard_00000.parquet"
+    with pytest.raises(nb01.InputError, match="none.parquet"):
+        next(paths)
+
+
+def test_bpe_by_definition_learns_the_tokens_of_rustbpe(nb01):
+    """On real text and over many ties: the cell that explains BPE explains the BPE that is used."""
+    _, text = next(nb01.read_documents(EMBEDDED / "shard_00000.parquet"))
+    ranks = nb01.train_tokenizer([text[:10_000]], 256 + 200 + 9)._mergeable_ranks
+    words = regex.findall(nb01.SPLIT_PATTERN, text[:10_000])
+    assert "".join(words) == text[:10_000]
+    assert nb01.bpe_by_definition(words, 200) == sorted(ranks, key=ranks.get)
+
+
+# ---- the Hub
+
+
+def test_the_reference_needs_all_of_its_shards_or_a_hub(nb01, monkeypatch, capsys):
+    def refused(*args, **kwargs):
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *file, repo_type: None)
+    assert nb01.Config.for_network() == nb01.Config.demo() and "does not answer" in capsys.readouterr().out
+    here = {"shard_01822.parquet", *(f"shard_{i:05d}.parquet" for i in range(8))}
+    found = lambda repo, name, repo_type: name if name in here else None  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    assert nb01.Config.for_network() == nb01.Config() and not capsys.readouterr().out
+    here.remove("shard_01822.parquet")
+    assert nb01.Config.for_network() == nb01.Config.demo()
+
+
+def test_a_refusal_of_the_hub_is_an_answer(nb01, monkeypatch):
+    error = ConnectionError("429: too many requests")
+    error.response = types.SimpleNamespace(status_code=429)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    assert nb01.Config.for_network() == nb01.Config()
+
+
+@pytest.mark.parametrize("method", ["create_repo", "upload_folder"])
+def test_a_refused_upload_is_one_line(nb01, tmp_path, monkeypatch, method):
+    """A token that may not write: it is asked once, and the line names the repo and the Hub's own reason."""
+    calls = []
+
+    def refuse(*args, **kwargs):
+        calls.append(args)
+        error = ConnectionError("403 Forbidden: this token may only read.\nRequest ID: 1")
+        error.response = types.SimpleNamespace(status_code=403)
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, method, refuse)
+    with pytest.raises(nb01.InputError, match="me/mine.*: 403 Forbidden: this token may only read.; [^\n]+$") as raised:
+        nb01.upload_tokenizer(nb01.open_repo("me/mine"), tmp_path, "me/mine")
+    assert len(calls) == 1 and SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "words"),
+    [
+        ("", "", "set hf_repo_id=owner/name and HF_TOKEN to"),
+        ("me/mine", "", "set HF_TOKEN to"),
+        ("", SECRET, "set hf_repo_id=owner/name to"),
+    ],
+)
+def test_without_a_repo_and_a_token_it_says_what_is_missing(nb01, monkeypatch, capsys, repo_id, token, words):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert nb01.open_repo(repo_id) is None and words in capsys.readouterr().out
+
+
+# ---- the checks
+
+
+def broken(tokenizer, **methods):
+    """`tokenizer` with some methods replaced."""
+    names = ("encode_ordinary", "decode", "decode_bytes", "_encode_bytes")
+    return types.SimpleNamespace(**{name: getattr(tokenizer, name) for name in names} | methods)
+
+
+def test_round_trip_counts(nb01, tokenizer):
+    texts = ["naïve 日本語 🙂", "", "x"]
+    tokens = sum(len(tokenizer.encode_ordinary(text)) for text in texts)
+    assert nb01.check_round_trip(tokenizer, texts) == (sum(len(text.encode()) for text in texts), tokens)
+
+
+def test_a_lossy_tokenizer_is_caught(nb01, tokenizer):
+    lossy = broken(tokenizer, decode=lambda tokens, errors: tokenizer.decode(tokens).replace("\r", ""))
+    nb01.check_round_trip(lossy, ["a\n"])
+    with pytest.raises(nb01.InputError, match=r"text 1 \('b\\r\\n'…\) is changed"):
+        nb01.check_round_trip(lossy, ["a\n", "b\r\n"])
+    deaf = broken(tokenizer, decode_bytes=lambda tokens: tokenizer.decode_bytes(tokens).replace(b"\xff\xfe", b"?"))
+    with pytest.raises(nb01.InputError, match="bytes .* are changed"):
+        nb01.check_bytes(deaf)
+    assert nb01.check_bytes(tokenizer) == 2 * 256**2 + 2**20
+
+
+def test_every_code_point_is_tried(nb01):
+    seen = set().union(*map(set, nb01.unicode_planes()))
+    assert seen == {chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000}
+
+
+def test_bytes_per_token(nb01, tokenizer):
+    bytewise = tiktoken.Encoding(
+        "bytes", pat_str=nb01.SPLIT_PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={}
+    )
+    rates = nb01.bytes_per_token({"ours": tokenizer, "bytes": bytewise}, {"one": ["the naïve"], "two": ["a", "the"]})
+    assert rates["one"]["bytes"] == rates["two"]["bytes"] == 1
+    assert rates["one"]["ours"] == 10 / len(tokenizer.encode_ordinary("the naïve"))
+    assert rates["two"]["ours"] == 4 / 2
+
+
+def test_the_table_says_who_wins(nb01, tokenizer, capsys):
+    rates = {"ours": 3.0, "GPT-2": 2.0, "GPT-4": 4.0}
+    nb01.show_compression({"code": rates}, dict.fromkeys(rates, tokenizer))
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split(",")[0] == "bytes per token           ours" and "GPT-4, 4,096" in head
+    assert "3.000" in row and "2.000 ( +50.0%)" in row and "4.000 ( -25.0%)" in row
+
+
+def test_the_first_merges_are_the_pairs_that_were_merged(nb01, tokenizer):
+    """Redone by hand: merging the two tokens of the pair gives the token, and both are older."""
+    ranks = tokenizer._mergeable_ranks
+    for token, rank in ranks.items():
+        if rank >= 256:
+            a, b = nb01.pair_of(ranks, token)
+            assert a + b == token and max(ranks[a], ranks[b]) < rank
+
+
+def test_texts_to_compare_are_bounded(nb01):
+    path = EMBEDDED / "shard_00004.parquet"
+    documents = [text for _, text in nb01.read_documents(path)]
+    texts = nb01.texts_to_compare(path, documents=2)
+    assert texts["validation"] == documents[:2] and set(texts) == {"validation", "English", "code", "maths"}
+    assert len(nb01.texts_to_compare(path)["validation"]) == len(documents)

@@ -857,17 +857,16 @@ def show_table(rows, names, count=10):
 
 
 def show_winner(base, rows):
-    """Prints the best trial's Config as code for 02_train.py: every field of the model, the data and the optimizer."""
-    best = ranked(rows)[0]
-    config = trial_config(base, {name: best[name] for name in search_space(base) if name in best}, best["name"])
+    """Prints the best trial's Config as code for 02_train.py: what differs from this device's default, but for the
+    length of the run."""
+    best, default = ranked(rows)[0], Config.for_device()
+    config = suggested_config(base, {name: best[name] for name in search_space(base) if name in best})
     print(f"{best['val_bpb']:.4f} bits per byte with")
     print("config = Config.for_device().replace(")
-    for group in (
-        ("n_head", "n_kv_head", "head_dim", "aspect_ratio", "vocab_size", "seq_len", "dataset"),
-        ("device_batch_size", "total_batch_size"),
-        ("learning_rate", "weight_decay", "warmup_ratio", "warmdown_ratio"),
-    ):
-        print("    " + ", ".join(f"{name}={getattr(config, name)!r}" for name in group) + ",")
+    for field in dataclasses.fields(Config):
+        value, learned = getattr(config, field.name), field.compare or not field.metadata["resume"]
+        if learned and value != getattr(default, field.name) and field.name not in ("num_iterations", "num_shards"):
+            print(f"    {field.name}={value!r},")
     print(")")
 
 
@@ -3268,6 +3267,7 @@ with one_line_errors():
     base = base_config()
     base = base.replace(sweep_id=SWEEP_ID, project=PROJECT, entity=ENTITY, runs=RUNS, trials=LOCAL_TRIALS)
     base = parse_args([] if IN_NOTEBOOK else sys.argv[1:], base)
+    sweep_definition(base)  # raises if some shape is no model
     describe_machine(base)
     key = wandb_key()
     describe_budget(base, base.runs if key else base.trials)
@@ -3281,8 +3281,8 @@ with one_line_errors():
     if key:
         check_login()
         base = base if base.sweep_id else base.replace(sweep_id=create_sweep(base))
-        id = base.sweep_id
-        print(f"sweep   {id}: put it into SWEEP_ID of the next tab, or python 03_worker.py --sweep_id {id}")
+        sweep = base.sweep_id
+        print(f"sweep   {sweep}: put it into SWEEP_ID of the next tab, or python 03_worker.py --sweep_id {sweep}")
     else:
         print("no WANDB_API_KEY: a search on this machine, logged offline")
 

@@ -1,6 +1,7 @@
 """03_worker.py: its search, its trials, and the real wandb agent against a server on loopback."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -16,7 +17,8 @@ import pytest
 from tests.helpers import contents, output_of, read_until, started, until
 from tests.wandb_server import KEY, WandbServer
 
-TRIAL = dict(
+ROOT = Path(__file__).resolve().parents[2]
+TINY = dict(
     n_head=8, head_dim=4, aspect_ratio=16, seq_len=32, device_batch_size=4, eval_tokens=512, final_eval_tokens=512
 )
 
@@ -46,10 +48,8 @@ def test_every_suggestion_is_a_config(worker, kind):
     """All corners of the space, for both bases: nothing impossible can be suggested, and all cost the same."""
     base = worker.base_config()
     if kind == "reference":
-        base = worker.Config().replace(num_iterations=8000, run_dir="runs/sweep")
-    definition = worker.sweep_definition(base, 40)
-    assert definition["run_cap"] == 40 and definition["metric"] == {"name": "val_bpb", "goal": "minimize"}
-    parameters = definition["parameters"]
+        base = worker.SearchConfig().replace(num_iterations=8000, run_dir="runs/sweep")
+    parameters = worker.search_space(base)
     known = {field.name for field in dataclasses.fields(worker.Config)} | {"n_embd", "heads_per_kv"}
     assert set(parameters) <= known
     shapes = {name: p["values"] for name, p in parameters.items() if "values" in p}
@@ -65,9 +65,18 @@ def test_every_suggestion_is_a_config(worker, kind):
     assert len(sizes) > 3
 
 
+def test_the_definition_is_wandbs(worker, base):
+    """What the server would get: its own search engine takes it, where that is installed."""
+    definition = worker.sweep_definition(base.replace(runs=7))
+    assert definition["run_cap"] == 7 and definition["metric"] == {"name": "val_bpb", "goal": "minimize"}
+    sweeps = pytest.importorskip("sweeps", reason="pip install --no-deps sweeps: it pins an old numpy")
+    suggestion = sweeps.next_run(definition, [])
+    assert set(suggestion.config) == set(definition["parameters"])
+
+
 def test_draws_are_within_their_ranges(worker, base):
     rng = random.Random(1)
-    for name, parameter in worker.sweep_definition(base, 1)["parameters"].items():
+    for name, parameter in worker.search_space(base).items():
         values = [worker.draw(parameter, rng) for _ in range(400)]
         low, high = min(values), max(values)
         if "values" in parameter:
@@ -83,9 +92,9 @@ def test_draws_are_within_their_ranges(worker, base):
 
 def test_a_base_whose_half_cannot_be_is_refused(worker, base):
     with pytest.raises(worker.InputError, match="no layer is left"):
-        worker.sweep_definition(base.replace(aspect_ratio=32), 3)
+        worker.sweep_definition(base.replace(aspect_ratio=32))
     with pytest.raises(worker.InputError, match="n_head=4: must be a multiple of 8"):
-        worker.sweep_definition(base.replace(n_head=4), 3)
+        worker.sweep_definition(base.replace(n_head=4))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def test_a_base_whose_half_cannot_be_is_refused(worker, base):
         (dict(heads_per_kv=3), "heads_per_kv=3: must divide 8"),
         (dict(head_dim=12), "n_embd=32: must be a multiple of head_dim=12"),
         (dict(heads_per_kv=0), "heads_per_kv=0"),
-        (dict(head_dim=1, n_embd=4), "head_dim=1: must be even"),
+        (dict(head_dim=1, n_embd=4), "head_dim=1: must be positive and even"),
         (dict(learning_rate=-1.0), "learning_rate=-1.0: must be positive"),
         (dict(learning_rte=1.0), "did you mean 'learning_rate'"),
     ],
@@ -109,7 +118,7 @@ def test_a_suggestion_that_cannot_be(worker, base, suggestion, words):
 
 def test_a_search_without_an_account(worker, base, capsys):
     """Three trials, one of which cannot be: it has a reason and no loss, and the others are compared."""
-    rows = worker.local_search(base, 2)
+    rows = worker.local_search(base.replace(trials=2))
     failed = worker.run_trial(base, worker.wandb.init(mode="offline", dir=base.run_dir), dict(heads_per_kv=7))
     worker.wandb.finish()
     assert failed["val_bpb"] is None and "heads_per_kv=7: must divide 8" in failed["failure"]
@@ -121,24 +130,84 @@ def test_a_search_without_an_account(worker, base, capsys):
     assert len(list((folder / "wandb").glob("offline-run-*"))) == 3  # for wandb sync
 
     rows = worker.add_curves(base, [*rows, failed])
-    assert [len(row["curve"]) for row in rows] == [10, 10, 0]
+    for row in rows[:2]:  # ten evaluations, or one or two fewer where ten do not divide the steps
+        assert 8 <= len(row["curve"]) <= 10 and row["curve"][-1] == (row["steps"], row["val_bpb"])
+    assert rows[2]["curve"] == []
     best = worker.ranked(rows)
     assert len(best) == 2 and best[0]["val_bpb"] <= best[1]["val_bpb"]
-    definition = worker.sweep_definition(base, 3)
+    space = worker.search_space(base)
     capsys.readouterr()
-    worker.show_table(rows, definition["parameters"])
+    worker.show_table(rows, space)
     worker.show_winner(base, rows)
     out = capsys.readouterr().out
     assert f"{best[0]['val_bpb']:.4f}" in out and "1 of 3 trials were stopped or failed" in out
     code = out[out.index("config = ") :].removeprefix("config = ")
     config = eval(code, {"Config": worker.Config})
-    trial = worker.trial_config(base, {name: best[0][name] for name in definition["parameters"]}, "x")
+    trial = worker.trial_config(base, {name: best[0][name] for name in space}, "x")
     same = ("n_head", "kv_heads", "head_dim", "n_embd", "depth", "seq_len", "vocab_size", "dataset", "learning_rate")
     same += ("weight_decay", "warmup_ratio", "warmdown_ratio", "device_batch_size", "tokens_per_step")
     assert [getattr(config, name) for name in same] == [getattr(trial, name) for name in same]
     worker.plot_curves(rows, folder / "a.png")
-    worker.plot_parameters(rows, definition, folder / "b.png")
+    worker.plot_parameters(rows, space, folder / "b.png")
     assert all((folder / name).stat().st_size > 5000 for name in ("a.png", "b.png"))
+
+
+def test_the_notebook_in_a_kernel(tmp_path, monkeypatch):
+    """Run all, without an account and with a small base: a table, two pictures, and code for 02."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    notebook = jupytext.read(ROOT / "03_worker.ipynb")
+    (cell,) = (cell for cell in notebook.cells if "base = base_config()\n" in cell.source)
+    small = dict(TINY, num_iterations=20, run_dir=str(tmp_path / "sweep"), dataset=str(ROOT / "data" / "embedded"))
+    cell.source = cell.source.replace("base_config()\n", f"base_config().replace(**{small!r})\n")
+    cell.source = cell.source.replace("TRIALS = 4", "TRIALS = 2")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "budget  2 trials of" in text and "a search on this machine" in text and "config = Config" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_a_trial_without_memory_fails_and_frees_the_device(worker, base, monkeypatch):
+    """A step that the device cannot hold: the trial has a reason, and the next one finds the memory free."""
+
+    def train_step(config, state, tokens, targets):
+        raise worker.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def held():
+        gc.collect()
+        return sum(x.nbytes for x in worker.jax.live_arrays())
+
+    monkeypatch.setattr(worker, "train_step", train_step)
+    run = worker.wandb.init(mode="offline", dir=base.run_dir, reinit="finish_previous")
+    before = held()
+    row = worker.run_trial(base, run, worker.base_suggestion(base))
+    run.finish()
+    assert row["val_bpb"] is None and "JaxRuntimeError: RESOURCE_EXHAUSTED" in row["failure"]
+    assert sum(x.nbytes for x in worker.jax.live_arrays()) <= before + 1000  # the state is 100 times that
+
+
+def test_a_value_that_cannot_be_is_refused_in_a_line(worker, base, tmp_path):
+    """By the command line, and by the space: half of the model must be a model, too. Nothing is written."""
+    for option, words in {"--runs=x": "--runs: invalid int value: 'x'", "--sweepid=a": "mean 'sweep_id'?"}.items():
+        with pytest.raises(worker.InputError, match=re.escape(words)):
+            worker.parse_args([option], base)
+    for option, words in {"--trials=0": "trials=0: must be positive", "--n_head=4": "must be a multiple of 8"}.items():
+        command = [sys.executable, ROOT / "03_worker.py", "--run_dir=runs", option]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "") and words in done.stderr, done
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert not any(tmp_path.iterdir())
+
+
+def test_help_has_a_sentence_for_each_option(worker, base, capsys):
+    with pytest.raises(SystemExit):
+        worker.parse_args(["--help"], base)
+    out = capsys.readouterr().out
+    for name in ("sweep_id", "project", "entity", "runs", "trials", "learning_rate"):
+        assert re.search(rf"--{name} [A-Z]+ +\w+ \w+ \w+", out), name
 
 
 def test_free_parameters_compile_nothing(worker, base):
@@ -223,9 +292,10 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
     with WandbServer(results=results) as server:
         for name, value in server.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
-        rows = worker.fetch_rows("sweep01", "project", "me")
+        base = base.replace(sweep_id="sweep01", project="project", entity="me")
+        rows = worker.fetch_rows(base)
         with pytest.raises(worker.InputError, match="wandb: cannot read the sweep"):
-            worker.fetch_rows("nosuch", "project", "me")
+            worker.fetch_rows(base.replace(sweep_id="nosuch"))
     assert [row["name"] for row in rows] == list(results)
     assert [row["failure"] for row in rows] == ["", "", "heads_per_kv=3: must divide 8", "crashed"]
     assert rows[0]["curve"] == [(10, 2.0), (20, 1.5)] and "trial" not in rows[0]
@@ -241,10 +311,19 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_any_work(tmp_path, fault, words, environment):
     with WandbServer() as server:
-        sweep = "nosuch" if fault == "a wrong id" else "sweep01"
-        process = agent(tmp_path / "home", server.environment(tmp_path) | environment, sweep_id=sweep)
-        out = output_of(process, 60)
+        environment = server.environment(tmp_path)
+        if fault == "no network":
+            environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+        if fault == "a bad key":
+            environment |= {"WANDB_API_KEY": "f" * 40, "WANDB_MODE": "online"}
+        started_at = time.monotonic()
+        process = started(
+            tmp_path / "home", f"--sweep_id={'nosuch' if fault == 'a wrong id' else 'sweep01'}", **environment
+        )
+        out = ended(process)
     assert process.returncode == 2, out
+    assert time.monotonic() - started_at < 60
+    words = {"a wrong id": "nosuch", "no network": "http://127.0.0.1:9", "a bad key": "cannot log in"}
     error = out.strip().splitlines()[-1]
     assert error.startswith("error: wandb: ") and words in error
     assert "f" * 40 not in out and KEY not in out

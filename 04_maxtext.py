@@ -24,28 +24,31 @@
 # # A wider model: 369M parameters, MaxText's dimensions
 #
 # The second model of tpuchat. [MaxText](https://github.com/AI-Hypercomputer/maxtext), Google's trainer for TPU pods,
-# taught the field what keeps a TPU's matrix unit busy: dimensions that are multiples of 256, few and wide heads, and a
-# choice, for each model, of what the backward pass remembers and what it computes again. This notebook takes those
-# habits to one chip. Press *Run all*: on a CPU a demo trains in minutes, on a TPU v6e the 369M model does.
+# shows what keeps a TPU's matrix unit busy: dimensions that are multiples of 256, few and wide heads, and, for each
+# model, a choice of what the backward pass keeps and what it computes again. This notebook tries these habits on one
+# chip. Press *Run all*: a CPU trains a demo of 3.8M parameters in minutes, a TPU v6e the 369M model.
 #
-# Everything that is not in this table is `02_train.py`'s, cell by cell, and explained there.
+# What differs from [02_train.py](https://github.com/tpuchat/tpuchat/blob/main/02_train.py) comes first. All
+# cells that are copied from there follow, collapsed. The run is last.
 #
 # | | 02_train.py | here | expected to |
 # |---|---|---|---|
 # | shape | D = N·H, L = D / 64 | explicit, each dimension a multiple of 256 | fill the 256 × 256 matrix unit of a v6e |
 # | heads | 8 of 128, each its own K/V head | 4 of 256, 2 K/V heads | halve attention: 128 fill half of the unit |
-# | MLP | ReLU², 4·D | SwiGLU, 3·D (Shazeer 2020) | lower the loss a little at equal parameters |
-# | residual | a·x + b·x0, learned | plain pre-norm (Xiong et al. 2020) | save a pass over the residual stream |
+# | MLP | ReLU², 4·D | [SwiGLU](https://arxiv.org/abs/2002.05202), 3·D | lower the loss a little at equal parameters |
+# | residual | a·x + b·x0 | [pre-norm](https://arxiv.org/abs/2002.04745) | save a pass over the residual stream |
 # | windows | SSSL | the whole context | see further; 12% more FLOPs |
-# | loss | one matmul with the head | in chunks, gradients at once, no logits kept | save memory (MaxText, Liger) |
-# | backward | keeps what autodiff keeps | a named policy: `remat` | trade memory against time (MaxText) |
+# | backward pass | keeps what autodiff keeps | a named policy: `remat` | trade memory against time |
 # | layers | unrolled | unrolled or scanned | trade compile time against time |
+# | loss | one matmul with the head | in chunks, gradients at once, no logits kept | save memory |
 # | learning rate | 3e-4 | 7e-4 | |
 
 # %% [markdown]
 # ## Setup
 #
-# As in `02_train.py`: only what the runtime lacks is installed, and no account is needed.
+# As in 02_train.py, the first cell installs what the runtime lacks, and no account is needed. The collapsed cells are
+# copied from there: imports, errors, options, and the few functions that the try-it cells of this part call.
+
 
 # %% Install what is missing cellView="form" tags=["shared"]
 # @title Install what is missing
@@ -58,20 +61,19 @@ import tempfile
 
 
 def install(*packages):
-    """In a notebook, installs those of the packages that the runtime lacks. A constraints file pins every installed
-    version, so that pip replaces none."""
+    """Installs, in a notebook, the packages that the runtime lacks. Pins all installed versions: pip replaces none."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if not missing or "get_ipython" not in globals():
         return
     print("installing", *missing)
-    here = {}
+    pins = {}
     for package in importlib.metadata.distributions():
         name, version = package.name, package.version
         # pip refuses versions such as Debian's own 2.22.1ubuntu1.
         if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
-            here.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # of two, the first in the path is in use
+            pins.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first in the path is the one in use
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in here.items()))
+        constraints.write("".join(f"{name}=={version}\n" for name, version in pins.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
         subprocess.run(command, check=True)
@@ -79,12 +81,13 @@ def install(*packages):
 
 # %% Install tags=["run"]
 install(
-    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard",
-    "matplotlib", "tqdm", "flatbuffers",
+    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "matplotlib",
+    "tqdm",
 )  # fmt: skip
 
-# %% Imports cellView="form" tags=["shared"]
-# @title Imports
+
+# %% Environment cellView="form" tags=["shared"]
+# @title Environment
 import argparse
 import base64
 import collections
@@ -92,8 +95,8 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
-import errno
 import functools
 import hashlib
 import html
@@ -102,7 +105,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import lzma
 import math
 import netrc
 import os
@@ -119,50 +121,28 @@ import tempfile
 import threading
 import time
 import types
-import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
-OLDEST_JAX = (0, 7, 2)  # Colab's in August 2026; the suite runs with it
-if jax.__version_info__ < OLDEST_JAX:  # before the imports below, of which an old jax lacks some
-    needed = ".".join(map(str, OLDEST_JAX))
-    message = f"jax {jax.__version__} is too old: tpuchat needs {needed} or newer; "
-    message += "pip install --upgrade 'jax[tpu]', on a GPU 'jax[cuda13]', on a CPU jax"
-    if "get_ipython" in globals():
-        raise ImportError(message)
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-import jax.export
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import mesh_utils, multihost_utils
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from tqdm import tqdm
 
-# %% Environment cellView="form" tags=["shared"]
-# @title Environment
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
-warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub's bars look for ipywidgets, and do without
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
 
 
 class InputError(ValueError):
-    """Something that a person gave is wrong: a Config value, a file, a checkpoint. The message is one line that says
-    what was wrong, the value, and what to do. As a script, it is printed to stderr and the exit status is 2."""
+    """A wrong input: a Config value, a file, a checkpoint. The message is one line: what was wrong, the value, and what
+    to do. A script prints it to stderr and exits with status 2."""
 
 
 def get_secret(name):
-    """A secret by name, or None: Colab's secrets panel first, then the environment. Never required."""
+    """Returns a secret, or None: from Colab's secrets panel, else from the environment."""
     try:
         from google.colab import userdata
 
@@ -172,30 +152,24 @@ def get_secret(name):
     return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
-def someone_watches():
-    """Whether a progress bar has a reader: a notebook or a terminal, not a log file."""
-    return IN_NOTEBOOK or sys.stderr.isatty()
-
-
-def bar_file():
-    """Where a progress bar is written to: a notebook shows what comes on stderr in red."""
-    return sys.stdout if IN_NOTEBOOK else sys.stderr
+def progress_bar(*args, **options):
+    """Returns a tqdm bar, silent in a log file. A notebook shows stderr in red, so there the bar goes to stdout."""
+    shown = IN_NOTEBOOK or sys.stderr.isatty()
+    return tqdm(*args, disable=not shown, file=sys.stdout if IN_NOTEBOOK else sys.stderr, **options)
 
 
 def cache_dir():
-    """Where what takes long to make or to get stays between runs."""
+    """Returns ~/.cache/tpuchat: tokenizers, downloads, compiled programs."""
     return Path.home() / ".cache" / "tpuchat"
 
 
-def format_time(seconds):
-    """'1:02:03' or '2:03'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def first_line(error):
+    """Returns the first line of an exception's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def in_background(function):
-    """A Future of function(), run in a daemon thread: unlike a pool's, it does not keep a finished process waiting."""
+    """Returns a Future of function(), run in a daemon thread: unlike a pool's, it does not keep the process alive."""
     future = concurrent.futures.Future()
 
     def run():
@@ -208,473 +182,205 @@ def in_background(function):
     return future
 
 
-# %% What an old jax needs cellView="form" tags=["shared"]
-# @title What an old jax needs
-# Colab's jax is older than the newest. What an old one needs from us is decided here, with the version that ends it.
-#
-# Below 0.8.2, XLA does not use a CPU's bfloat16 instructions, but hands some bfloat16 matmuls with float32 results to
-# XNNPACK where there are such instructions, and XNNPACK refuses them: "Unsupported element type for DotThunk".
+# %% JAX and XLA cellView="form" tags=["shared"]
+# @title JAX and XLA
+import jax
+
+OLDEST_JAX = (0, 7, 2)  # Colab's in August 2026; the tests run with it
+if jax.__version_info__ < OLDEST_JAX:  # before the imports below, some of which an older jax lacks
+    message = f"jax {jax.__version__} is too old: tpuchat needs {'.'.join(map(str, OLDEST_JAX))} or newer; "
+    message += "pip install --upgrade 'jax[tpu]', on a GPU 'jax[cuda13]', on a CPU jax"
+    if IN_NOTEBOOK:
+        raise ImportError(message)
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+# Below jax 0.8.2, XLA for CPUs ignores bfloat16 instructions, and XNNPACK fails on some matmuls that XLA hands to it:
+# "Unsupported element type for DotThunk".
 CPU_USES_BFLOAT16 = jax.__version_info__ >= (0, 8, 2)
 NO_XNNPACK, XLA_FLAGS = "--xla_cpu_use_xnnpack=false", os.environ.get("XLA_FLAGS", "")
 if not CPU_USES_BFLOAT16 and NO_XNNPACK not in XLA_FLAGS and XLA_FLAGS[:1] in ("", "-"):  # it may name a file of flags
     os.environ["XLA_FLAGS"] = f"{NO_XNNPACK} {XLA_FLAGS}".strip()
 
-# How long a process that is done waits for the others: for the last upload of the first one, a day. Below 0.8.1 jax
-# takes no such argument, and waits for five minutes.
-SHUTDOWN_TIMEOUT = {"shutdown_timeout_seconds": 24 * 3600} if jax.__version_info__ >= (0, 8, 1) else {}
-
-# The libtpu of jax 0.7.2 does not know this flag, and ends the process; that of 0.10 does.
-SCATTER_ASIDE = ("enable_sparse_core_collective_offload_nd_reduce_scatter",) if jax.__version_info__ >= (0, 10) else ()
-
-# %% Beside the runtime cellView="form" tags=["shared"]
-# @title Beside the runtime
-def install_aside(package, *options):
-    """Returns the folder in ~/.cache/tpuchat into which pip has put `package`, for a process of its own. The runtime
-    stays as it is. InputError if pip fails."""
-    name = re.sub(r"[^\w.]+", "-", package).strip(".-")  # libtpu==0.0.42.* → libtpu-0.0.42
-    folder = cache_dir() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
-    if folder.exists():
-        return folder
-    print(f"installing {package} into {folder}, beside the runtime", flush=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", partial, *options, package]
-    try:
-        done = subprocess.run(command, env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True)
-        if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise InputError(f"cannot install {package} ({words}); check the network: pip download {package!r}")
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-# TensorBoard and, below jax 0.9, jax's profiler import tensorflow where it is installed, as on Colab's CPU and GPU
-# runtimes: for nothing that we use, seconds and memory. Where it is not, that profiler complains in red.
-sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # TensorBoard's own switch
-
-
-@contextlib.contextmanager
-def without_tensorflow():
-    """In this context the profiler finds an empty tensorflow, unless one is loaded already."""
-    names = () if "tensorflow" in sys.modules else ("tensorflow", "tensorflow.python.profiler.trace")
-    for name in names:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec in other threads reads it
-    try:
-        yield
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-
-
-# %% XLA on this machine cellView="form" tags=["shared"]
-# @title XLA on this machine
-def cpu_fact(name):
-    """What Linux says of this machine's first core, by a name of /proc/cpuinfo ('model name', 'flags'); else ''."""
-    with contextlib.suppress(OSError):
-        if found := re.search(rf"^{name}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
-            return found[1]
-    return ""
-
-
-def cpu_dtype():
-    """The faster dtype of matmuls on this CPU. Without bfloat16 instructions each operand is converted to float32."""
-    return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
-
-
-# XLA on a CPU asks malloc for its temporaries anew in each step, and glibc hands such large blocks back to the kernel,
-# which zeroes every page that is touched again: 22% of the demo's CPU time. One arena that keeps what it has ends that.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-        ctypes.CDLL(None).mallopt(option, value)
-
-# Compiled programs are kept between processes: a restart skips XLA. JAX_COMPILATION_CACHE_DIR wins if it is set.
-if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
-
-# Where libtpu is installed for its compiler alone, it asks which TPU this is, and worries at length if nobody answers.
+# Where libtpu is installed without a TPU, it queries a metadata server and prints warnings. These variables stop that.
+TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-1",
     "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
 }  # fmt: skip
-TPUS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
 if not TPUS:
     os.environ.update({name: value for name, value in NO_TPU.items() if name not in os.environ})
 
-# Between several chips of a v6e, what they send each other runs on its SparseCores, beside the arithmetic; without the
-# first three, arithmetic waits for all of it. Without the last two, 64 chips sum whole gradients where each needs 1/64,
-# and gather small weights by a sum. LOG.md has what each is worth. A v5e, which has no SparseCores, does as without.
-COLLECTIVES_ASIDE = " ".join(
-    f"--xla_tpu_{flag}=true"
-    for flag in (
-        "enable_sparse_core_collective_offload_all_gather", "enable_sparse_core_collective_offload_reduce_scatter",
-        "enable_sparse_core_collective_offload_all_reduce", *SCATTER_ASIDE, "prefer_async_allgather_to_allreduce",
-    )
-)  # fmt: skip
+# On a CPU, XLA allocates its temporaries in every step, and glibc returns such large blocks to the kernel, which zeroes
+# their pages again: 22% of the demo's CPU time (measured, 2 cores). One malloc arena that keeps its memory avoids it.
+if sys.platform == "linux" and not TPUS and hasattr(ctypes.CDLL(None), "mallopt"):
+    for option_and_value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(*option_and_value)
+
+# Compiled programs are kept between processes. JAX_COMPILATION_CACHE_DIR wins if it is set.
+if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
 
 
-def libtpu_flags(*flags):
-    """What LIBTPU_INIT_ARGS should be: `flags`, and after them your own, which win."""
-    return " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
-
-
-if len(TPUS) > 1 and COLLECTIVES_ASIDE not in libtpu_flags():
-    os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags(COLLECTIVES_ASIDE)
-
-# %% [markdown]
-# ## Config
-#
-# Every dimension is explicit. A matrix unit of 256 × 256 works on whole tiles: a dimension of 1,000 costs as much as
-# 1,024. So other dimensions than multiples of 256 are refused, with the nearest ones that work.
-#
-# `remat` and `loss_chunks` are about memory, `layers` about compile time; the section *What is remembered* has the
-# numbers behind the defaults.
-
-
-# %% Several hosts cellView="form" tags=["shared"]
-# @title Several hosts
-HOST_TIMEOUT = 30  # seconds without a sign of life after which a host counts as gone
-
-
-def several_hosts():
-    """Whether the environment says that this process is one of several: jax's own variables, those of a launcher, or
-    the metadata of a Cloud TPU."""
-    names = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in names or "MEGASCALE_COORDINATOR_ADDRESS" in names:
-        return True
-    if "SLURM_STEP_ID" in names and int(names.get("SLURM_NTASKS", 1)) > 1:  # by srun, not in a shell of salloc
-        return True
-    if int(names.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return True
-    if "TPU_WORKER_HOSTNAMES" in names:
-        return "," in names["TPU_WORKER_HOSTNAMES"]
-    if not TPUS or "google.colab" in sys.modules or "TPU_SKIP_MDS_QUERY" in names:
-        return False
-    url = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+def cpu_fact(name):
+    """Returns a line of Linux's /proc/cpuinfo for the first core, such as 'model name' or 'flags'; else ''."""
     with contextlib.suppress(OSError):
-        request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-        return b"," in urllib.request.urlopen(request, timeout=2).read()
-    return False
+        if line := re.search(rf"^{name}\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return line[1]
+    return ""
 
 
-def watch_over():
-    """Runs this script again, in a child, and returns its exit status. If a signal has ended it, says why, most likely,
-    and what to do."""
-    environment, asked = os.environ | {"TPUCHAT_PARENT": str(os.getpid())}, []
-    child = subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment, start_new_session=True)
-
-    def ask(number, frame):  # a terminal's Ctrl-C reaches only this process, and both signals mean: stop all hosts
-        child.send_signal(signal.SIGKILL if asked and number == signal.SIGINT else signal.SIGTERM)
-        asked.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
-    status = child.wait()
-    if status == 1:  # jax 0.7.2 exits when a host is lost, 0.10 aborts
-        print(
-            "error: ended with exit status 1, see above; if another host is gone, start the same command on all hosts: "
-            "it goes on from the newest checkpoint, if there is one",
-            file=sys.stderr,
-        )  # fmt: skip
-    if status >= 0:
-        return status
-    name, again = signal.Signals(-status).name, "it goes on from the newest checkpoint, if there is one"
-    if asked:
-        print(f"stopped by {name}; start the same command on all hosts: {again}", file=sys.stderr)
-    elif name == "SIGABRT":
-        print(
-            f"error: ended by {name}, most likely since another host is gone, or has not come (the words above say "
-            f"which); start the same command on all hosts, the same or another number of them: {again}",
-            file=sys.stderr,
-        )  # fmt: skip
-    else:
-        print(f"error: killed by {name}, perhaps for its memory; start it on all hosts again: {again}", file=sys.stderr)
-    return 128 - status
+def cpu_dtype():
+    """Returns the faster dtype of matmuls on this CPU: without bfloat16 instructions XLA converts to float32."""
+    return "bfloat16" if CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags") else "float32"
 
 
-def end_with(parent):
-    """This process is killed when its parent is: nobody would be left to say what became of it."""
-    PR_SET_PDEATHSIG = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was faster
-        raise SystemExit(1)
+# %% Options cellView="form" tags=["shared"]
+# @title Options
+def option(default, help, rule=("", lambda value: True), *, compiled=True, resume=False):
+    """Returns a dataclass field of a Config. `rule`: a sentence, and a function that says whether a value obeys it.
+    `compiled=False`: changing it compiles nothing. `resume`: a resumed run may change it."""
+    metadata = {"help": help, "rule": rule, "resume": resume}
+    return dataclasses.field(default=default, compare=compiled, metadata=metadata)
 
 
-def join_hosts():
-    """Joins the processes of all hosts, if there are several, before jax looks for devices. The first one prints."""
-    if not several_hosts():
-        return
-    if not IN_NOTEBOOK:
-        if "TPUCHAT_PARENT" not in os.environ:
-            raise SystemExit(watch_over())
-        end_with(int(os.environ["TPUCHAT_PARENT"]))
-    given = {
-        name: int(os.environ[variable])
-        for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID"))
-        if variable in os.environ
-    }
-    # A host that is done waits for the first one's last upload; one that has failed leaves at once.
-    limits = {"heartbeat_timeout_seconds": HOST_TIMEOUT} | SHUTDOWN_TIMEOUT
-    print("hosts   waiting for the others, for five minutes", flush=True)
-    try:
-        jax.distributed.initialize(**given, **limits)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"several hosts: they did not find each other ({str(error).splitlines()[0]})") from error
-    if jax.process_index() > 0:
-        sys.stdout = open(os.devnull, "w")
-    if not IN_NOTEBOOK:  # whoever fails leaves, and does not wait for hosts that wait for it; the first one, on which
-        os.environ["TPUCHAT_LEAVE_AFTER"] = "0" if jax.process_index() else "2"  # the others hang, two seconds later
-        sys.excepthook = leave_with_traceback
+free = functools.partial(option, compiled=False)
+runtime = functools.partial(option, resume=True)
+host = functools.partial(option, compiled=False, resume=True)
+
+POSITIVE = "must be positive", lambda value: value > 0
+POSITIVE_OR_AUTO = "must be positive, or -1 for the default rule", lambda value: value > 0 or value == -1
+NOT_NEGATIVE = "must not be negative", lambda value: value >= 0
+BELOW_ONE = "must lie in [0, 1)", lambda value: 0 <= value < 1
+SHARE = "must lie in [0, 1]", lambda value: 0 <= value <= 1
 
 
-def leave_with_traceback(*exception):
-    sys.__excepthook__(*exception)
-    sys.stderr.flush()
-    time.sleep(float(os.environ["TPUCHAT_LEAVE_AFTER"]))
-    os._exit(1)
+def one_of(*choices):
+    return f"must be one of {', '.join(choices)}", lambda value: value in choices
 
 
-# %% Together cellView="form" tags=["shared"]
-# @title Together
-def is_first():
-    """Whether this is the process that logs, writes metadata and uploads."""
-    return jax.process_index() == 0
-
-
-def from_all_processes(tree):
-    """numpy's arrays on each process, from those whose parts lie on all, or from one of each, joined along the first
-    axis. All processes call it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
-def on_first(function):
-    """function() of the first process, as JSON, on all of them; so is its InputError. All processes call it."""
-    if jax.process_count() == 1:
-        return function()
-    found = {}
-    if is_first():
-        try:
-            found = {"value": function()}
-        except InputError as error:
-            found = {"error": str(error)}
-    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    text = multihost_utils.broadcast_one_to_all(text if is_first() else np.zeros(size, np.uint8))
-    found = json.loads(bytes(text))
-    if "error" in found:
-        raise InputError(found["error"])
-    return found["value"]
-
-
-def check_alike(facts):
-    """InputError on all processes that names those of `facts`, {name: value}, which are not the same on all: what
-    differs now would be a wrong sum later."""
-    digests = [hashlib.sha256(repr(value).encode()).digest()[:4] for value in facts.values()]
-    found = from_all_processes(np.frombuffer(b"".join(digests), np.int32)[None])  # [processes, facts]
-    others = [name for name, column in zip(facts, found.T, strict=True) if (column != column[0]).any()]
-    if others:
-        raise InputError(f"several hosts: {', '.join(others)} must be the same on all; start all alike")
-
-
-def first_process_first(function):
-    """function() of each process: what the first may have to make, a tokenizer or a download, the others then find. Its
-    InputError is raised on all."""
-    found = []
-
-    def call():
-        found.append(function())
-
-    on_first(call)
-    return found[0] if found else function()
-
-
-# %% Config helpers cellView="form" tags=["shared"]
-# @title Config helpers
-def free(default):
-    """A Config field that is not part of the compiled program: changing it compiles nothing."""
-    return dataclasses.field(default=default, compare=False)
+def at_least(least, why):
+    return f"must be at least {least}: {why}", lambda value: value >= least
 
 
 def require(ok, name, value, rule):
-    """Raises an InputError that names the Config field, its value and the rule that it breaks, unless `ok`."""
+    """Raises an InputError that names the field, its value and the rule that it breaks, unless `ok`."""
     if not ok:
         raise InputError(f"{name}={value!r}: {rule}")
 
 
-def type_name(field):
-    """'int', or 'str | tuple'."""
-    return getattr(field.type, "__name__", str(field.type))
-
-
-def check_types(config):
-    """Every field has its declared type (an int serves as a float), and a device has numbers as large."""
+def check_options(config):
+    """Raises InputError for a field that is not of its type (an int serves as a float) or breaks its rule."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kinds = (int, float) if field.type is float else field.type
-        require(
-            isinstance(value, kinds) and not isinstance(value, bool), field.name, value,
-            f"must be of type {type_name(field)}, not {type(value).__name__}",
-        )  # fmt: skip
-        if field.type is int:
-            require(abs(value) < 2**63, field.name, value, "must be below 2^63")
+        value, kinds = getattr(config, field.name), (int, float) if field.type is float else field.type
+        rule = f"must be of type {getattr(field.type, '__name__', field.type)}, not {type(value).__name__}"
+        require(isinstance(value, kinds) and not isinstance(value, bool), field.name, value, rule)
         if field.type is float:
-            largest = float(np.finfo(np.float32).max)
-            require(abs(value) <= largest, field.name, value, f"must be a finite number up to {largest:.1e}")  # no NaN
+            require(abs(value) <= 3.4e38, field.name, value, "must be a finite number that float32 holds")  # no NaN
             object.__setattr__(config, field.name, float(value))
+        sentence, holds = field.metadata["rule"]
+        require(holds(value), field.name, value, sentence)
 
 
-# %% Choices of every model cellView="form" tags=["shared"]
-# @title Choices of every model
-def as_mesh(value):
-    """(2, 4) of (2, 4), [2, 4], '2x4', '2,4' or '(2, 4)'; 'auto', and what is no mesh, as it is."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", value)):
-        return int(match[1]), int(match[2])
-    return tuple(value) if isinstance(value, list) else value
+def suggest(name, known):
+    """Returns ', did you mean X?', or ''."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+# %% Options of every run cellView="form" tags=["shared"]
+# @title Options of every run
+IMPLS = "auto", "einsum", "jax", "splash", "pallas", "fused"
+FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
+EVEN = "must be positive and even: RoPE rotates pairs", lambda value: value > 0 and value % 2 == 0
+LETTERS = (
+    "must be made of S (short window) and L (the whole context)",
+    lambda value: set(value) in ({"S"}, {"L"}, {*"SL"}),
+)
+SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", lambda value: 0 < value <= 70
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """What the models of all notebooks have in common. A Config adds its architecture: n_embd, mlp_dim and depth, and
-    check_architecture, which is called before anything is computed from them."""
+    """The options that the models of all notebooks share. A Config adds its architecture: n_embd, mlp_dim, depth."""
 
-    # Compiled: the architecture
-    n_head: int = 8  # N
-    n_kv_head: int = -1  # K: each key/value head serves N/K query heads; -1 = n_head
-    head_dim: int = 128  # H
-    vocab_size: int = 32768  # V
-    seq_len: int = 2048  # T
-    window_pattern: str = "SSSL"  # layer i takes letter i mod len: S sees T/2 tokens back, L all; the last layer is L
-    softcap: float = 15.0  # logits are softcap·tanh(logits/softcap)
+    n_head: int = option(8, "query heads, N", POSITIVE)
+    n_kv_head: int = option(-1, "key/value heads, K, each for N/K query heads; -1 = N", POSITIVE_OR_AUTO)
+    head_dim: int = option(128, "width of a head, H", EVEN)
+    vocab_size: int = option(32768, "tokens, V", at_least(257, "a token for each byte, and BOS"))
+    seq_len: int = option(2048, "tokens of a sequence, T", at_least(2, "a token, and the one after it"))
+    window_pattern: str = option(
+        "SSSL", "a letter a layer: S sees T/2 tokens back, L all; the last layer sees all", LETTERS
+    )
+    softcap: float = option(15.0, "logits are softcap·tanh(logits/softcap)", SOFTCAP)
 
-    # Compiled: how the step runs
-    attn_impl: str = "auto"  # einsum | jax | splash | pallas | fused; auto = fused on TPU, jax on GPU, einsum on CPU
-    splash_block_size: int = 1024  # tile of the splash and pallas kernels, at most T
-    compute_dtype: str = "bfloat16"  # of activations and matmuls; master weights and moments are always float32
-    mesh: str | tuple = "auto"  # (data, fsdp) devices: the state is split over fsdp; auto = (all, 1)
-    device_batch_size: int = 4  # sequences per forward and backward pass, on each device
-    total_batch_size: int = -1  # tokens per optimizer step; -1 = one pass on all devices, larger accumulates gradients
-    grad_clip: float = 0.0  # the gradient's norm is cut to it; 0 = never, and AdamW can run beside the matmuls
-    nonfinite: str = (
-        "stop"  # a loss or gradient that is no number: stop, or skip the step, which costs what clipping does
+    # How the step runs
+    attn_impl: str = runtime("auto", "attention; auto = fused on a TPU, jax on a GPU, einsum on a CPU", one_of(*IMPLS))
+    splash_block_size: int = runtime(1024, "tile of the splash and pallas kernels", POSITIVE)
+    compute_dtype: str = runtime("bfloat16", "of activations and matmuls", one_of("bfloat16", "float32"))
+    mesh: str | tuple = runtime("auto", "devices (data, fsdp), such as 1x8; fsdp splits the state; auto = (all, 1)")
+    device_batch_size: int = runtime(4, "sequences of a forward and backward pass on each device", POSITIVE)
+    total_batch_size: int = runtime(-1, "tokens of a step; -1 = one pass, more accumulates", POSITIVE_OR_AUTO)
+    grad_clip: float = runtime(0.0, "largest norm of the gradient; 0 = no clipping, which is faster", NOT_NEGATIVE)
+    nonfinite: str = runtime(
+        "stop", "after a NaN or infinite gradient: stop, or skip the update", one_of("stop", "skip")
     )
 
-    # Free: optimization, traced scalars on the device
-    learning_rate: float = free(3e-4)
-    weight_decay: float = free(0.1)
-    beta1: float = free(0.9)
-    beta2: float = free(0.95)
-    eps: float = free(1e-8)
-    warmup_ratio: float = free(0.02)  # of the steps: linear from 0 to the full learning rate
-    warmdown_ratio: float = free(0.5)  # of the steps: linear down to final_lr_frac of it
-    final_lr_frac: float = free(0.0)
-    num_iterations: int = free(-1)  # optimizer steps; -1 = target_param_data_ratio tokens for each parameter
-    target_param_data_ratio: float = free(10.0)
+    # Optimization: traced scalars on the device
+    learning_rate: float = free(3e-4, "the highest of the schedule", POSITIVE)
+    weight_decay: float = free(0.1, "of the matrices, times the learning rate", NOT_NEGATIVE)
+    beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
+    beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
+    eps: float = free(1e-8, "AdamW's", at_least(1e-30, "float32 would divide by zero"))
+    warmup_ratio: float = free(0.02, "share of the steps with a rising learning rate", NOT_NEGATIVE)
+    warmdown_ratio: float = free(0.5, "share of the steps with a falling learning rate", NOT_NEGATIVE)
+    final_lr_frac: float = free(0.0, "last learning rate over the highest", SHARE)
+    num_iterations: int = free(-1, "optimizer steps; -1 = by target_param_data_ratio", POSITIVE_OR_AUTO)
+    target_param_data_ratio: float = free(10.0, "training tokens for each parameter", POSITIVE)
 
-    # Free: the host
-    dataset: str = free("karpathy/fineweb-edu-100b-shuffle")  # 'embedded', a folder of parquet shards, or a Hub id
-    num_shards: int = free(50)  # use at most so many training shards, from the first; -1 = all
-    hf_repo_id: str = free("")  # your own Hub repo, where a tokenizer may wait
-    run_dir: str = free("runs/train")
-    resume: str = free("auto")  # auto = go on with an unfinished run in run_dir; never = always a new folder
-    seed: int = free(0)
-    log_interval: int = free(10)  # steps; for this and the next three, 0 = never
-    eval_interval: int = free(500)
-    sample_interval: int = free(2000)
-    save_interval: int = free(5000)
-    keep_checkpoints: int = free(2)  # the newest ones; the best is kept as well
-    backup: str = free("")  # where each checkpoint is copied: a folder, such as a mounted Drive, or 'hub' = hf_repo_id
-    profile_start: int = free(15)  # the first step that is traced for XProf
-    profile_steps: int = free(5)  # how many are; 0 = none
-    wandb_mode: str = free("auto")  # online | offline | disabled; auto = online if there is a key, else disabled
-    wandb_project: str = free("tpuchat")
-    eval_tokens: int = free(524_288)  # validation tokens of a periodic evaluation
-    final_eval_tokens: int = free(16_777_216)  # and of the last one; -1 = the whole shard
+    # Data and run: the host's
+    dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
+    num_shards: int = free(50, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
+    seed: int = free(0, "of the initial weights", NOT_NEGATIVE)
+    hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
+    run_dir: str = host("runs/train", "the folder for everything that the run writes")
+    resume: str = host("auto", "auto = go on with an unfinished run; never = a new folder", one_of("auto", "never"))
+    log_interval: int = host(10, "steps between two lines of the log; 0 = never", NOT_NEGATIVE)
+    eval_interval: int = host(500, "steps between two evaluations; 0 = only the last", NOT_NEGATIVE)
+    sample_interval: int = host(2000, "steps between two samples; 0 = only the last", NOT_NEGATIVE)
+    save_interval: int = host(5000, "steps between two checkpoints; 0 = only the last", NOT_NEGATIVE)
+    keep_checkpoints: int = host(2, "how many of the newest stay; the best stays as well", POSITIVE)
+    backup: str = host("", "copy each checkpoint to a folder, such as a mounted Drive, or to 'hub' = hf_repo_id")
+    profile_start: int = host(15, "the first step of the XProf trace", NOT_NEGATIVE)
+    profile_steps: int = host(5, "how many steps are traced; 0 = none", NOT_NEGATIVE)
+    wandb_mode: str = host("auto", "auto = online if there is a key", one_of("auto", "online", "offline", "disabled"))
+    wandb_project: str = host("tpuchat", "of wandb")
+    eval_tokens: int = host(524_288, "validation tokens of an evaluation under way", POSITIVE)
+    final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
     def __post_init__(self):
-        object.__setattr__(self, "mesh", as_mesh(self.mesh))
-        check_types(self)
-        positive = (
-            "n_head", "head_dim", "seq_len", "softcap", "splash_block_size", "device_batch_size", "learning_rate",
-            "eps", "target_param_data_ratio", "eval_tokens",
-        )  # fmt: skip
-        for name in positive:
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        require(self.seq_len > 1, "seq_len", self.seq_len, "must be at least 2: a token, and the one after it")
-        require(
-            self.softcap <= 70,
-            "softcap",
-            self.softcap,
-            "must be at most 70: the loss takes exp of the logits as they are",
-        )
-        for name in (
-            "log_interval",
-            "eval_interval",
-            "sample_interval",
-            "save_interval",
-            "profile_start",
-            "profile_steps",
-            "seed",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("n_kv_head", "total_batch_size", "num_iterations", "num_shards", "final_eval_tokens"):
-            value = getattr(self, name)
-            require(value == -1 or value > 0, name, value, "must be positive, or -1 for the default rule")
-        require(self.keep_checkpoints > 0, "keep_checkpoints", self.keep_checkpoints, "must be positive")
-        require(self.grad_clip >= 0, "grad_clip", self.grad_clip, "must be positive, or 0 for no clipping")
-        require(self.nonfinite in ("stop", "skip"), "nonfinite", self.nonfinite, "must be stop or skip")
-        require(
-            self.backup != "hub" or self.hf_repo_id, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own"
-        )
-        require(self.eps >= 1e-30, "eps", self.eps, "must be at least 1e-30, or float32 may divide by zero")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must lie in [0, 1)")
-        for name in ("weight_decay", "warmup_ratio", "warmdown_ratio", "final_lr_frac"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require(self.final_lr_frac <= 1, "final_lr_frac", self.final_lr_frac, "must be at most 1")
+        if isinstance(self.mesh, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", self.mesh)):
+            object.__setattr__(self, "mesh", (int(match[1]), int(match[2])))
+        elif isinstance(self.mesh, list):
+            object.__setattr__(self, "mesh", tuple(self.mesh))
+        check_options(self)
+        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
         ratios = self.warmup_ratio + self.warmdown_ratio
         require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
-
-        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs")
-        require(
-            self.vocab_size > 256, "vocab_size", self.vocab_size, "must be above 256: a token for each byte, and BOS"
-        )
-        require(
-            self.window_pattern and set(self.window_pattern) <= {"S", "L"}, "window_pattern", self.window_pattern,
-            "must be made of the letters S (short window) and L (the whole context)",
-        )  # fmt: skip
-        self.check_architecture()
-
-        impls, dtypes = ("auto", "einsum", "jax", "splash", "pallas", "fused"), ("bfloat16", "float32")
-        require(self.attn_impl in impls, "attn_impl", self.attn_impl, f"must be one of {', '.join(impls)}")
-        require(
-            self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"must be one of {', '.join(dtypes)}"
-        )
-        require(self.resume in ("auto", "never"), "resume", self.resume, "must be auto or never")
-        modes = ("auto", "online", "offline", "disabled")
-        require(self.wandb_mode in modes, "wandb_mode", self.wandb_mode, f"must be one of {', '.join(modes)}")
-        if self.attn_impl in ("splash", "pallas"):
-            check_block_size(self.splash_block_size, self.seq_len)
-        if self.attn_impl == "fused":
-            check_fits_vmem(self.seq_len, self.head_dim)
-        if self.attn_impl == "pallas":
-            require(
-                all(window >= self.seq_len for window in self.windows), "attn_impl", "pallas",
-                f"is causal only and cannot honour window_pattern={self.window_pattern!r}: "
-                "set window_pattern='L', or attn_impl='splash'",
-            )  # fmt: skip
+        hub = self.backup != "hub" or self.hf_repo_id
+        require(hub, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own")
         pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)
         require(self.mesh == "auto" or pair, "mesh", self.mesh, "must be auto, or two positive numbers, such as (2, 4)")
+        self.check_architecture()
+        check_attention(self)
         require(
             self.total_batch_size == -1 or self.total_batch_size % self.tokens_per_pass == 0, "total_batch_size",
             self.total_batch_size, f"must be a multiple of device_batch_size·seq_len·devices = {self.tokens_per_pass}",
@@ -692,7 +398,7 @@ class BaseConfig:
 
     @property
     def mesh_shape(self):
-        """(data, fsdp): how many devices there are along each axis of the mesh."""
+        """The number of devices along each axis of the mesh, (data, fsdp)."""
         return (jax.device_count(), 1) if self.mesh == "auto" else self.mesh
 
     @property
@@ -701,7 +407,7 @@ class BaseConfig:
 
     @property
     def tokens_per_pass(self):
-        """Of one forward and backward pass, on all devices."""
+        """Tokens of one forward and backward pass, on all devices."""
         return self.device_batch_size * self.seq_len * self.devices
 
     @property
@@ -709,8 +415,13 @@ class BaseConfig:
         return self.tokens_per_pass if self.total_batch_size == -1 else self.total_batch_size
 
     @property
-    def grad_accum_steps(self):
+    def grad_accum_steps(self):  # A
         return self.tokens_per_step // self.tokens_per_pass
+
+    @property
+    def batch_shape(self):
+        """(A, B, T): a step takes A microbatches of B sequences of T tokens."""
+        return self.grad_accum_steps, self.device_batch_size * self.devices, self.seq_len
 
     @property
     def total_steps(self):
@@ -721,7 +432,7 @@ class BaseConfig:
         return max(1, round(tokens / self.tokens_per_step))
 
     def replace(self, **changes):
-        """A copy with some fields changed, validated again."""
+        """Returns a copy with some fields changed, validated again."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
@@ -730,7 +441,7 @@ class BaseConfig:
 
     @classmethod
     def for_device(cls):
-        """The demo on a CPU; elsewhere the model of the notebook, its step in passes that fit the device."""
+        """Returns the demo on a CPU; elsewhere the notebook's model, its step in passes that fit the device."""
         if jax.default_backend() == "cpu":
             return cls.demo().replace(compute_dtype=cpu_dtype())
         config, device = cls(), jax.local_devices()[0]
@@ -739,48 +450,206 @@ class BaseConfig:
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
 
 
+# %% What the kernels can take cellView="form" tags=["shared"]
+# @title What the kernels can take
+def check_block_size(block_size, seq_len):
+    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def fits_vmem(T, H):
+    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_attention(config):
+    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
+    impl = config.attn_impl
+    if impl in ("splash", "pallas"):
+        check_block_size(config.splash_block_size, config.seq_len)
+    if impl == "pallas":
+        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
+        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
+    if impl == "fused":
+        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
+        rule += "at most 4096·128; or set attn_impl='splash'"
+        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
+
+
+# %% Norm and RoPE cellView="form" tags=["shared"]
+# @title Norm and RoPE
+def rms_norm(x):
+    """Returns x / rms(x) over the last axis, reduced in float32, in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def rope_tables(seq_len, head_dim):
+    """Returns cos and sin, float32 [T, H/2]: pair i of position t is rotated by t / 10000^(2i/H). numpy constants."""
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(seq_len)[:, None] * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def norm_and_rope(x, cos, sin):
+    """Returns x [B, N, T, H] after QK-norm and RoPE on the pairs (x[i], x[i + H/2]): one float32 pass, one rounding."""
+    first, second = jnp.split(rms_norm(x.astype(jnp.float32)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def split_heads(x, T, H):
+    """[B·T, N·H] → [B, N, T, H]."""
+    return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
+
+
+def merge_heads(y):
+    """[B, N, T, H] → [B·T, N·H]."""
+    B, N, T, H = y.shape
+    return y.swapaxes(1, 2).reshape(B * T, N * H)
+
+
+# %% Counts cellView="form" tags=["shared"]
+# @title Counts
+def part_of(path):
+    """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree."""
+    name = path[-1].key
+    if name in ("embed", "lm_head"):
+        return name
+    return "mlp" if name in ("gate", "up", "down") else "attn"
+
+
+def count_params(config):
+    """Returns exact parameter counts by part, and their total. 'attn' includes the residual scalars of each layer."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    sizes = collections.Counter()
+    for path, weight in jax.tree_util.tree_leaves_with_path(params):
+        sizes[part_of(path)] += weight.size
+    return {part: sizes[part] for part in ("embed", "attn", "mlp", "lm_head")} | {"total": sizes.total()}
+
+
+def flops_per_token(config):
+    """Training FLOPs per token: 6 for each matmul weight (attn, mlp, lm_head; the embedding is a lookup), plus
+    12·N·H for each key that a query sees, averaged over the sequence: a full causal layer counts (T+1)/2 keys, half of
+    the T×T convention, and a window of w tokens at most w + 1. Norms, softmax and the optimizer are not counted."""
+    counts = count_params(config)
+    matmuls = counts["attn"] + counts["mlp"] + counts["lm_head"]
+    t = np.arange(config.seq_len)
+    keys = sum(float(np.mean(np.minimum(t, window) + 1)) for window in config.windows)
+    return 6 * matmuls + 12 * config.n_head * config.head_dim * keys
+
+
+# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
+PEAK_FLOPS = {
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def peak_flops(device_kind):
+    """Returns the peak FLOP/s of a chip, or None if it is not in the table: MFU is then n/a, not a guess."""
+    words = f" {device_kind.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
+
+
+# %% Loss cellView="form" tags=["shared"]
+# @title Loss
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def softcap_losses(x, head, targets, softcap):
+    """plain_loss with a gradient written by hand: the logits never reach memory in float32."""
+    return softcap_forward(x, head, targets, softcap)[0]
+
+
+def softcap_forward(x, head, targets, softcap):
+    """Returns (losses [S], what the backward pass needs). The losses are computed before anything is rounded."""
+    capped = jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    lse = jnp.log(jnp.sum(jnp.exp(softcap * capped), axis=-1))
+    losses = lse - softcap * jnp.sum(jnp.where(is_target, capped, 0), axis=-1)
+    # Without the barrier XLA would keep float32 and round when it reads: twice the bytes.
+    stored = jax.lax.optimization_barrier(capped.astype(x.dtype))
+    return losses, (x, head, targets, stored, lse)
+
+
+def softcap_backward(softcap, saved, g):
+    """Returns the gradients of x, head and targets (None) from g, that of the losses [S]."""
+    x, head, targets, capped, lse = saved
+    capped = capped.astype(jnp.float32)
+    is_target = jnp.arange(head.shape[1]) == targets[:, None]
+    gradient = (jnp.exp(softcap * capped - lse[:, None]) - is_target) * g[:, None]  # of the capped logits
+    gradient = (gradient * (1 - capped * capped)).astype(x.dtype)  # of the logits before the softcap
+    dx = jnp.einsum("sv,dv->sd", gradient, head)
+    dhead = jnp.einsum("sd,sv->dv", x, gradient)
+    return dx, dhead, None
+
+
+softcap_losses.defvjp(softcap_forward, softcap_backward)
+
+
+def token_losses(config, params, tokens, targets):
+    """Returns the cross-entropy of each target, nats, float32 [B, T]. tokens, targets: int32 [B, T]."""
+    weights = cast_weights(config, params)
+    x = trunk(config, weights, tokens)
+    with jax.named_scope("loss"):
+        head = gather_weights(config, weights["lm_head"])
+        losses = softcap_losses(rms_norm(x), head, targets.reshape(-1), config.softcap)
+        return losses.reshape(targets.shape)
+
+
+# %% [markdown]
+# ## Config
+#
+# Every dimension is explicit. A matrix unit of 256 × 256 works on whole tiles: a dimension of 1,000 costs as much as
+# 1,024. So dimensions that are no multiples of 256 are refused, with the nearest ones that work. `remat` and
+# `loss_chunks` trade memory for time, `layers` trades compile time for time; the three sections on them have the
+# figures behind the defaults. They change no result beyond rounding, so a resumed run may change them.
+
 # %% Config
-# Sequences of a pass that fit a chip, by jax's device_kind: preflight's word. Other devices go by their memory.
-DEVICE_BATCH = {"TPU v6 lite": 8, "TPU v5 lite": 4}
+DEVICE_BATCH = {"TPU v6 lite": 8, "TPU v5 lite": 4}  # sequences that fit a chip, by device_kind (05_preflight.py)
 REMATS = "none", "minimal", "full"
+
+
+def other_default(name, default):
+    """Returns the option `name` of BaseConfig with another default."""
+    field = BaseConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=default, compare=field.compare, metadata=field.metadata)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BaseConfig):
-    """All choices of a run. `Config()` is the 369M model; wrong values raise InputError (a ValueError)."""
+    """All choices of a run. `Config()` is the 369M model. Raises InputError (a ValueError) for a wrong value."""
 
-    # Compiled
-    n_embd: int = 1024  # D
-    n_layer: int = 24  # L
-    mlp_dim: int = 3072  # F
-    n_head: int = 4
-    n_kv_head: int = 2
-    head_dim: int = 256
-    window_pattern: str = "L"
-    device_batch_size: int = 8
-    remat: str = "none"  # what the backward pass computes again: none | minimal (all but the matmuls) | full (layers)
-    loss_chunks: int = 1  # pieces of the tokens for which the head and the loss are computed, one after the other
-    layers: str = "unrolled"  # unrolled | scanned: one program for all layers, in a loop
-
-    # Free
-    learning_rate: float = free(7e-4)
-    run_dir: str = free("runs/maxtext")
+    n_embd: int = option(1024, "width of the model, D, a multiple of 256", POSITIVE)
+    n_layer: int = option(24, "layers, L", POSITIVE)
+    mlp_dim: int = option(3072, "hidden units of the MLP, F, a multiple of 256", POSITIVE)
+    n_head: int = other_default("n_head", 4)
+    n_kv_head: int = other_default("n_kv_head", 2)
+    head_dim: int = other_default("head_dim", 256)
+    window_pattern: str = other_default("window_pattern", "L")
+    device_batch_size: int = other_default("device_batch_size", 8)
+    learning_rate: float = other_default("learning_rate", 7e-4)
+    run_dir: str = other_default("run_dir", "runs/maxtext")
+    remat: str = runtime(
+        "none", "what the backward pass computes again; minimal = all but matmuls, full = layers", one_of(*REMATS)
+    )
+    loss_chunks: int = runtime(1, "parts of the tokens whose loss is computed one after another", POSITIVE)
+    layers: str = runtime("unrolled", "scanned = one program for all layers, in a loop", one_of("unrolled", "scanned"))
 
     def check_architecture(self):
-        for name in ("n_embd", "n_layer", "mlp_dim", "loss_chunks"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("n_embd", "mlp_dim", "head_dim", "vocab_size", "seq_len"):
             value = getattr(self, name)
             below, above = value // 256 * 256, -(-value // 256) * 256
             nearest = f"{below} or {above}" if below else f"{above}"
             require(value % 256 == 0, name, value, f"must be a multiple of 256, the matrix unit's width: {nearest}")
-        require(self.remat in REMATS, "remat", self.remat, f"must be one of {', '.join(REMATS)}")
-        rows = self.device_batch_size * self.seq_len
-        require(
-            rows % self.loss_chunks == 0, "loss_chunks", self.loss_chunks, f"must divide the {rows} tokens of a pass"
-        )
-        require(self.layers in ("unrolled", "scanned"), "layers", self.layers, "must be unrolled or scanned")
+        tokens = self.device_batch_size * self.seq_len
+        rule = f"must divide the {tokens} tokens of a pass"
+        require(tokens % self.loss_chunks == 0, "loss_chunks", self.loss_chunks, rule)
         alike = self.layers == "unrolled" or len(set(self.windows)) == 1
         require(alike, "layers", self.layers, f"the layers are not alike with window_pattern={self.window_pattern!r}")
 
@@ -790,16 +659,12 @@ class Config(BaseConfig):
 
     @classmethod
     def small(cls):
-        """The 8-layer shape with one key/value head, 64 sequences a step."""
+        """Returns an 8-layer model with one key/value head, 64 sequences a step."""
         return cls(n_layer=8, n_kv_head=1, device_batch_size=4, total_batch_size=64 * 2048, run_dir="runs/small")
 
     @classmethod
     def v6e_8(cls):
-        """1.3B parameters for eight v6e.
-
-        20 tokens a parameter (Hoffmann et al. 2022) are 27B tokens, and 6·N·tokens = 2.2e20 FLOPs. Eight chips at 59%
-        of their 918 TFLOP/s do 4.3e15 a second: 14 hours.
-        """
+        """Returns a model of 1.3B parameters for eight v6e."""
         return cls(
             n_embd=2048, n_layer=24, mlp_dim=6144, n_head=8, n_kv_head=4, mesh=(1, 8), device_batch_size=4,
             learning_rate=4e-4, target_param_data_ratio=20.0, run_dir="runs/v6e-8",
@@ -807,12 +672,8 @@ class Config(BaseConfig):
 
     @classmethod
     def v6e_64(cls):
-        """6.8B parameters for 64 v6e, a slice of 8×8.
-
-        20 tokens a parameter are 137B tokens, and 6·N·tokens = 5.6e21 FLOPs. 64 chips at 48% of their 918 TFLOP/s do
-        2.8e16 a second: 56 hours. `minimal`: the weights are gathered again for the backward pass, since a
-        chip would not hold them all from one to the other.
-        """
+        """Returns a model of 6.8B parameters for 64 v6e. `minimal`: a chip could not hold all gathered weights at once,
+        so they are gathered again for the backward pass."""
         return cls(
             n_embd=4096, n_layer=34, mlp_dim=12288, n_head=16, n_kv_head=4, mesh=(1, 64), device_batch_size=4,
             remat="minimal", learning_rate=2e-4, target_param_data_ratio=20.0, run_dir="runs/v6e-64",
@@ -820,7 +681,7 @@ class Config(BaseConfig):
 
     @classmethod
     def demo(cls):
-        """A few million parameters on the embedded corpus: minutes on two CPU cores."""
+        """Returns a model of 3.8M parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_embd=256, n_layer=2, mlp_dim=768, n_head=1, n_kv_head=1, vocab_size=4096, seq_len=256,
             device_batch_size=8, learning_rate=2e-3, num_iterations=500, dataset="embedded", num_shards=-1,
@@ -829,889 +690,26 @@ class Config(BaseConfig):
         )  # fmt: skip
 
 
-# %% Presets
-PRESETS = "small", "demo", "v6e_8", "v6e_64"  # named constructors of Config
-
-
-def preset_option(argv):
-    """(the Config that `--preset NAME` names, or None, the other options)."""
-    names, rest = take_options(argv, "preset")
-    for name in names:
-        require(name in PRESETS, "preset", name, f"must be one of {', '.join(PRESETS)}")
-    return (getattr(Config, names[-1])() if names else None), rest
-
-
-# %% Config from the command line cellView="form" tags=["shared"]
-# @title Config from the command line
-def suggest(name, known):
-    """', did you mean X?', or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def parse_args(argv, config, epilog=""):
-    """`--field value` pairs on top of `config`. An unknown field or a bad value raises InputError; --help lists all."""
-    parser = argparse.ArgumentParser(
-        description="Every option is a Config field; without options the Config fits the machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, epilog=epilog,
-    )  # fmt: skip
-
-    def refuse(message):  # argparse would print the usage, a screenful
-        raise InputError(f"{message} (--help lists the fields)")
-
-    parser.error = refuse
-    fields = dataclasses.fields(config)
-    for field in fields:
-        parser.add_argument(f"--{field.name}", default=getattr(config, field.name), help=type_name(field))
-    given, rest = parser.parse_known_args(argv)
-    if rest:
-        name = rest[0].lstrip("-").split("=")[0]
-        raise InputError(
-            f"unknown option {rest[0]!r}{suggest(name, [f.name for f in fields])} (--help lists the fields)"
-        )
-    changes = {}
-    for field in fields:
-        value = getattr(given, field.name)
-        if isinstance(value, str) and field.type in (int, float):
-            try:
-                value = field.type(value)
-            except ValueError:
-                raise InputError(f"{field.name}={value!r}: must be of type {field.type.__name__}") from None
-        changes[field.name] = value
-    return config.replace(**changes)
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """As a script, an InputError is one line on stderr and exit status 2; in a notebook it is raised as it is."""
+# %% Try it: sizes tags=["run"]
+if IN_NOTEBOOK:
+    for name, c in {"369M": Config(), "small": Config.small(), "demo": Config.demo()}.items():
+        heads = f"N {c.n_head} × H {c.head_dim}, K {c.kv_heads}"
+        print(f"{name:6} D {c.n_embd}, L {c.depth}, F {c.mlp_dim}, V {c.vocab_size}; {heads}; T {c.seq_len}")
     try:
-        yield
+        Config(n_embd=1000)
     except InputError as error:
-        if IN_NOTEBOOK:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if seconds := os.environ.get("TPUCHAT_LEAVE_AFTER"):  # one of several hosts: a proper end waits for all others
-            time.sleep(float(seconds))
-            os._exit(2)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        if IN_NOTEBOOK:
-            raise
-        print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-# %% Mesh cellView="form" tags=["shared"]
-# @title Mesh
-def sharding(config, *spec, mesh=None):
-    """A NamedSharding over config's mesh, ('data', 'fsdp'); without `mesh` of no particular devices, for a trace."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def weight_spec(config, shape):
-    """The longest axis that fsdp divides is split over it: as a tuple for PartitionSpec."""
-    fsdp = config.mesh_shape[1]
-    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
-    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
-    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
-
-
-ROWS = ("data", "fsdp")  # sequences, or tokens, are split over all devices
-
-
-def arrange(config, devices):
-    """The devices of the mesh, np.array [data, fsdp], each group of them close together in the TPU's torus.
-
-    InputError if there are not as many as config.mesh says.
-    """
-    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
-    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
-
-
-def device_mesh(config):
-    """The mesh of this job's devices. InputError if there are too few of them, or if some hosts would have none."""
-    count = jax.device_count()
-    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
-    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
-    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
-
-
-# %% Arrays on the mesh cellView="form" tags=["shared"]
-# @title Arrays on the mesh
-def put_whole(config, x, *spec):
-    """An array that every process has as a whole, on the devices, split as `spec` says; on one device, as it is."""
-    if config.devices == 1:
-        return x
-    x, place = np.asarray(x), sharding(config, *spec, mesh=device_mesh(config))
-    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-
-
-def put_rows(config, tree):
-    """Arrays whose first axis is split over the devices, from this process's rows of each."""
-    if config.devices == 1:
-        return jax.device_put(tree)
-    place = sharding(config, ROWS, mesh=device_mesh(config))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
-
-
-# %% Where parts lie cellView="form" tags=["shared"]
-# @title Where parts lie
-def constrain(config, x, *spec):
-    """x, with where its parts lie said to the compiler; on one device there is nothing to say."""
-    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
-
-
-def split_weights(config, tree):
-    """Weights, moments or gradients, each split as weight_spec says."""
-    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
-
-
-def whole_weights(config, tree):
-    """Weights on every device as a whole: what fsdp has split is gathered."""
-    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
-
-
-def in_parts(config, x, n):
-    """[rows, …] → [n, rows/n, …]: parts to be taken one after the other, each of rows of every device."""
-    if config.devices > 1:
-        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
-        return constrain(config, x, None, ROWS)
-    return x.reshape(n, -1, *x.shape[1:])
-
-
-def from_parts(config, x):
-    """What in_parts gave, put together again."""
-    if config.devices > 1:
-        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
-        return constrain(config, x, ROWS)
-    return x.reshape(-1, *x.shape[2:])
-
-
-def on_each_device(config, function):
-    """function, called on each device with its rows: no array inside it is another device's business."""
-    if config.devices == 1:
-        return function
-    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
-    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
-
-
-# %% [markdown]
-# ## Tokenizer
-#
-# The one on this machine, or of your own Hub repo, or trained on the first shard: 32,768 tokens.
-
-# %% Tokenizer format cellView="form" tags=["shared"]
-# @title Tokenizer format
-# GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
-SPECIAL_TOKENS = (
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-)  # fmt: skip
-
-
-def check_vocab_size(vocab_size):
-    """InputError if there is no room for a token for each byte and the special tokens."""
-    least = 256 + len(SPECIAL_TOKENS)
-    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
-
-
-def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
-    """A tiktoken.Encoding from `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
-    special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
-    return tiktoken.Encoding("tpuchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def save_tokenizer(tokenizer, folder):
-    """Writes tokenizer.tiktoken and, last and at once, tokenizer.json to `folder`: without the second there is none."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
-    (folder / "tokenizer.tiktoken").write_text("".join(lines))
-    special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
-    meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
-    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
-
-
-# Characters of all kinds, spaces and line ends in company: what a pattern does not match would be lost without a word.
-PROBE = "It's  2026 —\r\n\n\tdef f(x): \n  return x! 東京🙂 " + "".join(map(chr, range(0x3000)))
-
-
-def load_tokenizer(folder):
-    """Reads what save_tokenizer wrote. InputError if a file is missing or is not what it should be."""
-    folder = Path(folder)
-    try:
-        meta = json.loads((folder / "tokenizer.json").read_text())
-        pairs = [line.split() for line in (folder / "tokenizer.tiktoken").read_text().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-        if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
-        special = meta["special_tokens"]
-        if "<|bos|>" not in special or len(set(special)) < len(special):
-            raise ValueError("the special tokens must be different, with <|bos|> among them")
-        tokenizer = make_tokenizer(ranks, meta["pattern"], special)
-        if tokenizer.decode(tokenizer.encode_ordinary(PROBE)) != PROBE:
-            raise ValueError("its pattern leaves characters out")
-        return tokenizer
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tiktoken panics, which is no Exception, if a pattern matches the empty string
-        raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
-
-
-def token_bytes(tokenizer):
-    """UTF-8 bytes that each token id stands for, int32 `[n_vocab]`; special tokens stand for none."""
-    lengths = np.zeros(tokenizer.n_vocab, np.int32)
-    for token, rank in tokenizer._mergeable_ranks.items():
-        lengths[rank] = len(token)
-    return lengths
-
-
-# %% Train a tokenizer cellView="form" tags=["shared"]
-# @title Train a tokenizer
-def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000, expected_chars=None):
-    """Byte-level BPE of `vocab_size` tokens, the special ones included, on at most `max_chars` characters.
-
-    Of each document only the first `doc_chars` characters are used, so that one long document does not weigh more
-    than a hundred short ones. The texts stream through: what grows is the table of different words and their counts.
-    `expected_chars`, of whole documents, is where the progress bar ends. InputError if there is too little text.
-    """
-    import rustbpe
-
-    check_vocab_size(vocab_size)
-    merges = vocab_size - len(SPECIAL_TOKENS)
-    bar = tqdm(
-        total=expected_chars, desc="reading", unit=" chars", unit_scale=True, leave=False,
-        disable=not someone_watches(), file=bar_file(),
-    )
-
-    def stream():
-        left = max_chars
-        for text in texts:
-            bar.update(len(text))
-            text = text[: min(doc_chars, left)]
-            left -= len(text)
-            yield text
-            if left == 0:
-                break
-        bar.set_description("merging")
-
-    with bar:
-        trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < merges:
-        raise InputError(
-            f"vocab_size={vocab_size}: this text yields only {len(ranks)} tokens; give more text or ask for fewer"
-        )
-    return make_tokenizer(ranks)
-
-
-# %% Where a tokenizer lies cellView="form" tags=["shared"]
-# @title Where a tokenizer lies
-def tokenizer_folder(config, first_shard):
-    """The folder, of this machine, for the tokenizer that 01_tokenizer.py trains for config.dataset."""
-    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
-    return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
-
-
-# %% Find the tokenizer cellView="form" tags=["shared"]
-# @title Find the tokenizer
-def hub_tokenizer(repo_id):
-    """The local folder of a Hub repo's tokenizer, or None if the repo has none."""
-    try:
-        for name in ("tokenizer.tiktoken", "tokenizer.json"):
-            folder = hub_download(repo_id, f"tokenizer/{name}", repo_type="model").parent
-        return folder
-    except MissingFileError:
-        return None
-
-
-def find_tokenizer(config, first_shard):
-    """The tokenizer of config.dataset: a local one (beside the shards, or from 01_tokenizer.py), else that of the Hub
-    repo config.hf_repo_id, else one trained on `first_shard`, and kept.
-
-    InputError if it has more tokens than the model has rows for.
-    """
-
-    def there(folder):
-        return folder is not None and (folder / "tokenizer.json").exists()
-
-    made = tokenizer_folder(config, first_shard)
-    folder = next(filter(there, (first_shard.parent / "tokenizer", made)), None)
-    if not folder and config.hf_repo_id:
-        folder = hub_tokenizer(config.hf_repo_id)
-    if not folder:  # its name has the size of the shard: another shard, another tokenizer
-        folder = made.with_name(f"{made.name}-first-shard-{first_shard.stat().st_size}")
-    if there(folder):
-        tokenizer = load_tokenizer(folder)
-    else:
-        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}", flush=True)
-        texts = (text for _, text in read_documents(first_shard))
-        tokenizer = train_tokenizer(texts, config.vocab_size, expected_chars=count_chars(first_shard))
-        try:
-            save_tokenizer(tokenizer, folder)
-        except OSError as error:
-            raise InputError(
-                f"cannot keep the tokenizer in {folder}: {error}; set HOME to a folder to write to"
-            ) from error
-    if tokenizer.n_vocab > config.vocab_size:
-        raise InputError(
-            f"vocab_size={config.vocab_size}: the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; "
-            f"set vocab_size to at least that"
-        )
-    return tokenizer
-
-
-# %% [markdown]
-# ## Data
-#
-# Parquet shards from the Hub, a folder, or the embedded corpus; encoded and packed by threads beside the training.
-
-# %% Hub cellView="form" tags=["shared"]
-# @title Hub
-HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
-
-
-class MissingFileError(InputError):
-    """A Hub repo is there, and has no such file."""
-
-
-def hub_token():
-    """The user's token, or None. Of a bad one the HTTP library would complain by quoting it."""
-    token = get_secret("HF_TOKEN")
-    if token and not re.fullmatch("[!-~]+", token):
-        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
-    return token
-
-
-def is_intact(path, etag=""):
-    """Whether a file of huggingface_hub's cache is what the Hub has: large files are stored under their SHA-256, and
-    where there are no symbolic links to tell it, it is `etag`."""
-    digest = Path(os.readlink(path)).name if path.is_symlink() else etag
-    if len(digest) != 64:
-        return True
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
-
-
-def explain(error, repo_id, repo_type):
-    """(what a failed request to the Hub means, what to do about it)."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # what went wrong before the cache was asked
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
-    reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo_id!r} is not the name of a repo", "a name has the form owner/name"
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        return (
-            f"access is refused ({status})",
-            f"accept its terms on {page} and set HF_TOKEN to a token that may read it",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        hint = "" if repo_id in HUB_SHARDS else suggest(repo_id, HUB_SHARDS)
-        remedy = f"check the name{hint}; a private repo wants a valid HF_TOKEN"
-        return f"there is no such {repo_type} repo, or it is private ({status})", remedy
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return "the repo has no such file (404)", f"look for it on {page}"
-    if status == 429:
-        return "it limits the rate of requests (429)", "wait some minutes, or set HF_TOKEN: accounts have higher limits"
-    if status >= 500:
-        return f"it is in trouble ({status})", "try again later; what has been downloaded is kept"
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set", f"it is not in the cache, {constants.HF_HUB_CACHE}: unset it and download once"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error.strerror})", f"make room, or move {constants.HF_HOME}: set HF_HOME elsewhere"
-    if isinstance(error, OSError) and error.errno:
-        return reason, "set HF_HOME to a folder to write to"
-    return f"no connection, or a broken one ({reason})", "check the network, or use dataset='embedded'"
-
-
-def may_pass(error):
-    """Whether it makes sense to ask again: not where the Hub refuses, nothing is found, or a disk is full."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", 0)
-    final = isinstance(error, (errors.EntryNotFoundError, errors.HFValidationError)) or 400 <= status < 500
-    return not final and not getattr(error, "errno", None)  # EntryNotFoundError includes a HEAD tried often enough
-
-
-def ask_hub(what, repo_id, repo_type, call, attempts=1):
-    """call(), again if the reason for its failure may pass. InputError that names `what`, the cause and the remedy."""
-    from huggingface_hub import errors
-
-    for attempt in range(attempts):
-        try:
-            return call()
-        except InputError:
-            raise
-        except Exception as error:  # its client raises its own, those of its HTTP library, and OSError
-            if may_pass(error) and attempt < attempts - 1:
-                time.sleep(2**attempt)  # its client has its own patience with connections, not with a 500
-                continue
-            cause, remedy = explain(error, repo_id, repo_type)
-            missing = isinstance(error, errors.EntryNotFoundError) and "404" in cause
-            raise (MissingFileError if missing else InputError)(
-                f"cannot get {what} of {repo_id} from the Hugging Face Hub: {cause}; {remedy}"
-            ) from error
-
-
-def hub_download(repo_id, filename, repo_type="dataset"):
-    """The local path of a file of a Hub repo, in huggingface_hub's cache; downloaded if it is not there or outdated."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    def download():
-        watched = threading.current_thread() is threading.main_thread() and someone_watches()
-        (enable_progress_bars if watched else disable_progress_bars)()  # one bar at a time: in the background, none
-        path, etag = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=hub_token())), ""
-        if not path.is_symlink():
-            with contextlib.suppress(Exception):  # no network: then it is what an earlier process has checked
-                etag = get_hf_file_metadata(hf_hub_url(repo_id, filename, repo_type=repo_type), token=hub_token()).etag
-        if not is_intact(path, etag):
-            if path.is_symlink():
-                (path.parent / os.readlink(path)).unlink()
-            path.unlink()
-            raise ConnectionError("the SHA-256 of what arrived is not the Hub's")
-        return path
-
-    return ask_hub(filename, repo_id, repo_type, download, attempts=5)
-
-
-def hub_shard(repo_id, filename):
-    """The local path of a shard: a shard that is there and whole is used without asking the Hub."""
-    path = cached_shard(repo_id, filename)
-    return path if path and is_intact(path) else hub_download(repo_id, filename)
-
-
-def cached_shard(repo_id, filename):
-    """The path of a shard in the cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
-    return Path(path) if isinstance(path, str) else None
-
-
-# %% Shards cellView="form" tags=["shared"]
-# @title Shards
-EMBEDDED_SHARDS = 5
-
-
-def on_hub(dataset):
-    """Whether `dataset` names one of the Hub: one of ours, or neither 'embedded' nor a folder."""
-    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
-
-
-def embedded_folder():
-    """data/embedded of the repository: beside this file, else fetched from GitHub (a lone notebook in Colab)."""
-    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
-    if here.exists():
-        return here
-    folder = cache_dir() / "embedded"
-    names = [f"shard_{i:05d}.parquet" for i in range(EMBEDDED_SHARDS)]
-    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
-        if not (folder / name).exists():
-            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
-            try:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                partial, _ = urllib.request.urlretrieve(url, folder / f"{name}.part")
-            except OSError as error:
-                raise InputError(
-                    f"cannot get the embedded corpus from {url}: {error}; clone the repository instead"
-                ) from error
-            os.replace(partial, folder / name)
-    return folder
-
-
-def hub_listing(dataset):
-    """(repo, [file name of each shard]) of a Hub dataset. The list is kept, for when the Hub cannot be reached."""
-    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
-    if dataset in HUB_SHARDS:
-        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset):
-        raise InputError(
-            f"dataset={dataset!r}: must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face "
-            f"Hub: owner/name, such as {next(iter(HUB_SHARDS))}"
-        )
-    from huggingface_hub import HfApi
-
-    def ask():
-        api = HfApi(token=hub_token())
-        tree = api.list_repo_tree(repo_id, folder or None, recursive=True, repo_type="dataset")
-        return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
-
-    kept = cache_dir() / "listings" / f"{dataset.replace('/', '--')}.json"
-    try:
-        names = ask_hub(f"the list of shards{folder and ' in '}{folder}", repo_id, "dataset", ask)
-    except InputError:
-        with contextlib.suppress(OSError, ValueError):
-            return repo_id, json.loads(kept.read_text())
-        raise
-    with contextlib.suppress(OSError):  # a home that cannot be written to costs no more than this
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(names))
-    return repo_id, names
-
-
-def list_shards(config):
-    """(fetchers of the training shards, fetcher of the validation shard); a fetcher returns the shard's local path."""
-    if on_hub(config.dataset):
-        repo_id, names = hub_listing(config.dataset)
-        fetchers = [functools.partial(hub_shard, repo_id, name) for name in names]
-    else:
-        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
-        fetchers = [functools.partial(Path, path) for path in sorted(folder.glob("*.parquet"))]
-    if len(fetchers) < 2:
-        raise InputError(
-            f"dataset={config.dataset!r}: has {len(fetchers)} parquet shards; it takes at least two, "
-            "the last one for validation"
-        )
-    *train, validation = fetchers
-    return train[: None if config.num_shards == -1 else config.num_shards], validation
-
-
-def announce_downloads(config, fetchers):
-    """Prints how much is to be downloaded, where to, and about how long that takes; nothing if all of it is here."""
-    if not on_hub(config.dataset):
-        return
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-
-    absent = [fetch for fetch in fetchers if not cached_shard(*fetch.args)]
-    if not absent or constants.HF_HUB_OFFLINE:
-        return
-    repo_id, name = absent[0].args
-    url = hf_hub_url(repo_id, name, repo_type="dataset")
-    with contextlib.suppress(Exception):  # a courtesy: whatever is wrong, the download itself will say
-        size = get_hf_file_metadata(url, token=hub_token(), timeout=10).size
-        total = size * len(absent)
-        print(f"data    {len(absent)} of {len(fetchers)} shards of {repo_id} are not here, {size / 1e6:,.0f} MB each")
-        print(f"        {total / 1e9:,.1f} GB, {format_time(total * 8 / 100e6)} at 100 Mbit/s, fetched ahead of use")
-        print(f"        into {constants.HF_HUB_CACHE}", flush=True)
-
-
-# %% Read documents cellView="form" tags=["shared"]
-# @title Read documents
-DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
-
-
-def check_shard(path):
-    """`path`, if it is a whole shard: InputError that names the shard and what is wrong with it otherwise.
-
-    Only the parquet footer is read: its statistics tell whether a text is null (null_count) or empty (the minimum).
-    """
-    try:
-        shard = pq.ParquetFile(path)
-        groups = [shard.metadata.row_group(g) for g in range(shard.num_row_groups)]
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == "text" and chunk.statistics]
-        doubtful = any(s.null_count or (s.has_min_max and s.min in ("", b"")) for s in statistics)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such shard") from None
-    except DAMAGED_PARQUET as error:
-        raise InputError(
-            f"{path}: not a whole parquet file ({str(error).splitlines()[0]}); delete it and get it again"
-        ) from error
-    columns = shard.schema_arrow.names
-    if "text" not in columns:
-        raise InputError(f"{path}: has no `text` column, only {', '.join(columns)}")
-    kind = shard.schema_arrow.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"{path}: its `text` column holds {kind}, not strings")
-    if shard.metadata.num_rows == 0:
-        raise InputError(f"{path}: holds no documents")
-    if doubtful:
-        for _ in read_documents(path):  # raises at the row in question
-            pass
-    return path
-
-
-def count_chars(path):
-    """Bytes of text in a shard, from its footer: about its characters."""
-    metadata = pq.read_metadata(path)
-    columns = [
-        metadata.row_group(g).column(i) for g in range(metadata.num_row_groups) for i in range(metadata.num_columns)
-    ]
-    lengths = 4 * metadata.num_rows  # parquet puts its length before each text
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text") - lengths
-
-
-def read_documents(path, start=0, step=1):
-    """Yields (row, text) of rows start, start + step, …, with one row group in memory at a time."""
-    shard, row = pq.ParquetFile(path), 0
-    for group in range(shard.num_row_groups):
-        rows = shard.metadata.row_group(group).num_rows
-        wanted = range(start - row if start > row else (start - row) % step, rows, step)
-        if wanted:
-            try:
-                column = shard.read_row_group(group, columns=["text"]).column("text")
-                texts = (column.take(pa.array(wanted)) if len(column) == rows and step > 1 else column).to_pylist()
-            except DAMAGED_PARQUET as error:
-                raise InputError(
-                    f"{path}: row group {group} is damaged ({str(error).splitlines()[0]}); delete it and get it again"
-                ) from error
-            if len(column) != rows:
-                raise InputError(
-                    f"{path}: row group {group} has {len(column)} rows, not {rows}; delete it and get it again"
-                )
-            for i, text in zip(wanted, texts if step > 1 else texts[wanted.start :], strict=True):
-                if not text:
-                    raise InputError(
-                        f"{path}: the text of row {row + i} is null or empty; drop such rows from the shard"
-                    )
-                yield row + i, text
-        row += rows
-
-
-# %% Encode cellView="form" tags=["shared"]
-# @title Encode
-PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
-GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
-
-
-def encode_document(tokenizer, text):
-    """BOS and the tokens of `text`, uint32. Text that looks like a special token is encoded as ordinary text."""
-    pieces = [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
-    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
-
-
-# %% Loader cellView="form" tags=["shared"]
-# @title Loader
-class Position(NamedTuple):
-    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
-
-    epoch: int = 0
-    shard: int = 0
-    row: int = 0
-    offset: int = 0
-
-
-def split_streams(positions, processes):
-    """The positions of S streams → of as many as `processes` can share equally: lcm(S, processes). Where a stream is
-    split, each of its documents from its position on falls to one of the new ones, by its row."""
-    old, new = len(positions), math.lcm(len(positions), processes)
-    found = [positions[s % old] for s in range(new)]
-    return [
-        place if place.row % new == s else place._replace(row=place.row + (s - place.row) % new, offset=0)
-        for s, place in enumerate(found)
-    ]
-
-
-class PrefetchDataLoader:
-    """Iterates over (tokens, targets), int32 `[total_batch_size / T, T]` on the devices, from background threads.
-
-    `shards` are the fetchers that list_shards returns. The next shard is fetched while one is read. An exception in a
-    thread is raised by the next `next(loader)`. Use it in a `with` block, or call close().
-
-    Of S streams, stream s has the documents of rows s, s + S, … of every shard, and fills rows of the batch of its own.
-    Each of the `processes` reads some of them: one, unless a run goes on with fewer processes than it had.
-    """
-
-    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4, process=None, processes=None):
-        self.config, self.tokenizer, self.shards = config, tokenizer, shards
-        self.threads, self.depth = threads or os.cpu_count(), depth
-        self.process = jax.process_index() if process is None else process
-        self.processes = processes or jax.process_count()
-        rows = config.tokens_per_step // config.seq_len
-        require(rows % self.processes == 0, "total_batch_size", rows * config.seq_len,
-                f"must give each of {self.processes} processes as many sequences")  # fmt: skip
-        self.rows = rows // self.processes  # of a batch, that this process fills
-        self.wait_seconds = 0.0  # how long the training loop has waited for data
-        self._start([Position()])
-
-    def _start(self, positions):
-        everywhere = split_streams(positions, self.processes)
-        each = len(everywhere) // self.processes
-        own = range(self.process * each, (self.process + 1) * each)
-        self.streams, self.positions = len(everywhere), [everywhere[s] for s in own]
-        self.ready = collections.deque()
-        self.queue, self.stop = queue.Queue(self.depth), threading.Event()
-        work = list(zip(own, self.positions, strict=True)), self.queue, self.stop
-        self.thread = threading.Thread(target=self._produce, args=work, daemon=True)
-        self.thread.start()
-
-    @property
-    def position(self):
-        """The place of the next token of this process's first stream."""
-        return self.positions[0]
-
-    def _documents(self, stream, start, stop):
-        """Yields (place of the document, text), forever, and (None, "") at the end of each shard."""
-        place, empty = start, 0
-
-        def fetch(shard):
-            return in_background(lambda: check_shard(self.shards[shard]()))
-
-        here = fetch(place.shard)
-        while True:
-            if place != start and here.done() and here.exception():
-                here = fetch(place.shard)  # it failed ahead of use: a network has had a whole shard's time to recover
-            while not here.done():
-                concurrent.futures.wait([here], timeout=0.1)
-                if stop.is_set():
-                    return
-            path = here.result()
-            rows = pq.read_metadata(path).num_rows
-            if place == start and place.row and place.row - (self.streams - 1) >= rows:
-                raise InputError(f"{path}: has no row {place.row}, where the run is to go on; was the shard changed?")
-            following = (place.shard + 1) % len(self.shards)
-            here = fetch(following)
-            for row, text in read_documents(path, place.row, self.streams):
-                yield place._replace(row=row, offset=0), text
-            yield None, ""
-            empty = empty + 1 if place.row >= rows else 0
-            if empty > len(self.shards):
-                raise InputError(f"{path}: no shard has a document for each of {self.streams} streams; use fewer hosts")
-            place = Position(place.epoch + (following == 0), following, row=stream)
-
-    def _encoded(self, stream, start, pool, stop):
-        """Yields groups of documents, [(place of the first token, tokens), …], in order, encoded some groups ahead."""
-
-        def encode(group):
-            encoded = [(place, encode_document(self.tokenizer, text)) for place, text in group]
-            if encoded and encoded[0][0] == start._replace(offset=0):  # a resumed run starts within a document
-                tokens = encoded[0][1][start.offset :]
-                if len(tokens) == 0:
-                    raise InputError(f"loader position {start}: the document has fewer tokens; was it changed?")
-                encoded[0] = (start, tokens)
-            return encoded
-
-        ahead, group, chars = collections.deque(), [], 0
-        for place, text in self._documents(stream, start, stop):
-            if place:
-                group.append((place, text))
-                chars += len(text)
-            if chars >= GROUP_CHARS or not place:
-                ahead.append(pool.submit(encode, group))
-                group, chars = [], 0
-            # At the end of a shard nothing is held back: the next one may not be there yet.
-            while len(ahead) > (2 * self.threads if place else 0):
-                yield ahead.popleft().result()
-
-    def _rows(self, stream, start, pool, stop):
-        """Yields what each group of documents completes of a stream's rows: [(tokens, targets, place of the token
-        after)]."""
-        shape = self.rows // len(self.positions), self.config.seq_len
-        n = math.prod(shape)
-        held, parts = 0, collections.deque()
-        for group in self._encoded(stream, start, pool, stop):
-            parts.extend(group)
-            held += sum(len(tokens) for _, tokens in group)
-            ready = []
-            while held > n:  # enough for n inputs and the target of the last
-                taken, left = [], n
-                while len(parts[0][1]) <= left:
-                    taken.append(parts.popleft()[1])
-                    left -= len(taken[-1])
-                place, tokens = parts[0]
-                taken = np.concatenate([*taken, tokens[: left + 1]]).astype(np.int32)
-                parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
-                held -= n
-                tokens, targets = (part.reshape(shape) for part in (taken[:-1], taken[1:]))
-                ready.append((tokens, targets, parts[0][0]))
-            if ready:
-                yield ready
-
-    def _batches(self, work, pool, stop):
-        """Yields the batches that are complete: [(tokens, targets, places of the tokens after, one a stream)]."""
-        streams = [self._rows(stream, start, pool, stop) for stream, start in work]
-        if len(streams) == 1:
-            for ready in streams[0]:
-                yield [(tokens, targets, [place]) for tokens, targets, place in ready]
-        for parts in zip(*map(itertools.chain.from_iterable, streams)):
-            tokens, targets, places = zip(*parts)
-            yield [(np.concatenate(tokens), np.concatenate(targets), list(places))]
-
-    def _produce(self, work, batches, stop):
-        def put(item):
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    return batches.put(item, timeout=0.1)
-
-        pool = concurrent.futures.ThreadPoolExecutor(self.threads)
-        try:
-            for ready in self._batches(work, pool, stop):
-                # One call, and one hand-over, for all that is ready: small batches are otherwise half as fast.
-                arrays = put_rows(self.config, [(tokens, targets) for tokens, targets, _ in ready])
-                put(list(zip(arrays, [places for *_, places in ready], strict=True)))
-                if stop.is_set():
-                    break
-        except BaseException as error:
-            put(error)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.stop.is_set():
-            raise RuntimeError("the loader is closed")
-        if not self.ready:
-            started = time.perf_counter()
-            item = self.queue.get()
-            self.wait_seconds += time.perf_counter() - started
-            if isinstance(item, BaseException):
-                self.queue.put(item)  # whoever asks again hears the same
-                raise item
-            self.ready.extend(item)
-        batch, self.positions = self.ready.popleft()
-        return batch
-
-    def state_dict(self):
-        """The place of the first token of the next batch in each stream, of all processes, for JSON. All call it."""
-        places = from_all_processes(np.array(self.positions, np.int32))
-        places = [Position(*place)._asdict() for place in places.tolist()]
-        return places[0] if len(places) == 1 else {"streams": places}
-
-    def load_state_dict(self, state):
-        """Goes on from where state_dict was taken, with as many processes or others. InputError if that is not a place
-        in these shards."""
-        places = state["streams"] if isinstance(state, dict) and set(state) == {"streams"} else [state]
-        try:
-            positions = [Position(**place) for place in places]
-            whole = positions and all(type(number) is int and number >= 0 for place in positions for number in place)
-        except TypeError:
-            whole = False
-        if not whole or any(place.shard >= len(self.shards) for place in positions):
-            raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
-        self.close()
-        self._start(positions)
-
-    def close(self):
-        """Stops the threads. Batches that were ready are dropped; the position stays."""
-        self.stop.set()
-        self.thread.join(timeout=10)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
-
+        print("refused:", error)
 
 # %% [markdown]
 # ## Model
 #
-# Grouped-query attention, SwiGLU, plain residuals. In `x + f(norm(x))` the residual stream is only ever added to, so
-# the gradient has a straight way down. Every initial value stands in one place:
+# The dimension letters are those of 02_train.py. Query heads of 256 share key/value heads
+# ([GQA](https://arxiv.org/abs/2305.13245)); there are no residual scalars. All initial values stand in one table.
 
 
 # %% Initial values
 def init_params(config, key):
-    """Float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
+    """Returns float32 master parameters: {'embed': [V, D], 'layers': [...], 'lm_head': [D, V]}.
 
     | weight            | shape                  | initial value                                          |
     |-------------------|------------------------|--------------------------------------------------------|
@@ -1743,120 +741,331 @@ def init_params(config, key):
     }
 
 
-# %% Norm and RoPE cellView="form" tags=["shared"]
-# @title Norm and RoPE
-def rms_norm(x):
-    """x / rms(x) over the last axis, reduced in float32. No learned weight."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+# %% Try it: parameters by part tags=["run"]
+if IN_NOTEBOOK:
+    for name, c in {"369M": Config(), "small": Config.small(), "demo": Config.demo()}.items():
+        parts = ", ".join(f"{part} {count / 1e6:.1f}M" for part, count in count_params(c).items())
+        print(f"{name:6} {parts}; {flops_per_token(c) / 1e6:,.0f} MFLOPs a token")
+
+# %% [markdown]
+# ### SwiGLU and a plain residual
+#
+# [SwiGLU](https://arxiv.org/abs/2002.05202) multiplies two projections: down(silu(gate(x)) ⊙ up(x)). Its three matrices
+# of D × 3D have 9·D² parameters; the two of 02_train.py, D × 4D, have 8·D². The residual stream is only added to: x ←
+# x + f(norm(x)), the [pre-norm](https://arxiv.org/abs/2002.04745) form, so the gradient of the last layer reaches the
+# embedding unchanged. `checkpoint_name` names an array for the policies of the next section; it computes nothing.
 
 
-def rope_tables(seq_len, head_dim):
-    """cos and sin, float32 [T, H/2]: pair i of position t turns by t / 10000^(2i/H). Constants of the trace."""
-    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(seq_len)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+# %% Residual and MLP
+def mix_residual(layer, x, x0):
+    """Returns x, [B·T, D]. The copied decode_token calls it; 02_train.py mixes in x0, the embedding."""
+    return x
 
 
-def norm_and_rope(x, cos, sin):
-    """QK-norm, then RoPE on the pairs (x[i], x[i + H/2]): one float32 pass, one rounding. x: [B, N, T, H]."""
-    first, second = jnp.split(rms_norm(x.astype(jnp.float32)), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def mlp(layer, x):
+    """[B·T, D] → [B·T, D] through F units of SwiGLU."""
+    x = rms_norm(x)
+    gate = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["gate"]), "mlp")
+    up = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["up"]), "mlp")
+    return jnp.einsum("sf,fd->sd", jax.nn.silu(gate) * up, layer["down"])
 
 
-# %% Heads cellView="form" tags=["shared"]
-# @title Heads
-def split_heads(x, T, H):
-    """[B·T, N·H] → [B, N, T, H]."""
-    return x.reshape(-1, T, x.shape[1] // H, H).swapaxes(1, 2)
+# %% [markdown]
+# ### Rematerialization
+#
+# The backward pass needs what the forward pass computed. Each array is kept, which takes memory, or computed again,
+# which takes FLOPs ([jax.checkpoint](https://docs.jax.dev/en/latest/gradient-checkpointing.html)). `remat` names three
+# policies by what a layer keeps:
+#
+# - `none`: what autodiff asks for; XLA may still compute cheap things again where they are read;
+# - `minimal`: the results of matmuls and attention; norms, SwiGLU and residuals are computed again;
+# - `full`: the residual stream alone; a whole layer is computed again, a third more FLOPs.
 
 
-def merge_heads(y):
-    """[B, N, T, H] → [B·T, N·H]."""
-    B, N, T, H = y.shape
-    return y.swapaxes(1, 2).reshape(B * T, N * H)
+# %% Rematerialization
+def rematerialize(config, layer):
+    """Returns the function `layer`; its backward pass keeps what config.remat says, and computes the rest again."""
+    if config.remat == "none":
+        return layer
+    names = ("qkv", "attention", "mlp") if config.remat == "minimal" else ()
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
-# %% Attention cellView="form" tags=["shared"]
-# @title Attention
-def check_block_size(block_size, seq_len):
-    """InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
-    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
-    block = min(block_size, seq_len)
-    require(
-        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
-        f"must be a multiple of 128 that divides seq_len={seq_len}",
-    )  # fmt: skip
+# %% Try it: what the MLP keeps tags=["run"]
+if IN_NOTEBOOK:
+    c = Config.demo()
+    layer, x = init_params(c, jax.random.key(0))["layers"][0], jnp.ones((512, c.n_embd), jnp.bfloat16)
+    layer = {name: w.astype(x.dtype) for name, w in layer.items() if name in ("gate", "up", "down")}
+    weights = sum(w.size for w in layer.values())
+    for remat in REMATS:
+        run = rematerialize(c.replace(remat=remat), mlp)
+        kept = jax.eval_shape(lambda layer, x, run=run: jax.vjp(run, layer, x)[1], layer, x)
+        numbers = (sum(leaf.size for leaf in jax.tree.leaves(kept)) - weights) / len(x)
+        print(f"{remat:8} keeps {numbers:5.0f} numbers a token; D = {c.n_embd}, gate and up are {2 * c.mlp_dim}")
+
+# %% [markdown]
+# What each choice costs on a v6e: 369M parameters, 8 × 2048 tokens, estimated by the TPU's compiler (`python
+# 05_preflight.py 04_maxtext.py v6e` with the options of the first column; compile times on two busy CPU cores).
+#
+# | | ms a step | tok/s | MFU | peak HBM | compile |
+# |---|---|---|---|---|---|
+# | the defaults | 76.9 | 212,985 | 53.7% | 13.58 GiB | 62 s |
+# | `--loss_chunks 8` | 79.9 | 204,984 | 51.7% | 12.95 GiB | 79 s |
+# | `--remat minimal` | 83.0 | 197,286 | 49.8% | 13.29 GiB | 79 s |
+# | `--remat full` | 98.0 | 167,167 | 42.2% | 6.54 GiB | 120 s |
+# | `--layers scanned` | 252.8 | 64,818 | 16.3% | 27.13 GiB | 55 s |
+# | `--layers scanned --remat minimal --loss_chunks 8` | 129.0 | 127,017 | 32.0% | 13.62 GiB | 61 s |
+#
+# On one chip, and at this size, the habits of the big trainers do not pay, so the defaults are without them. `minimal`
+# keeps almost as much as `none`: in unrolled layers XLA computes cheap things again by itself, and the barriers of a
+# policy cost 6 ms. `full` is for what does not fit: half the memory, 27% more time. The table is a reason to measure,
+# not to believe.
+
+# %% [markdown]
+# ### Unrolled or scanned layers
+#
+# A trainer of deep models scans: `jax.lax.scan` compiles one layer, and runs it L times on stacked weights. A scan
+# writes everything that a layer keeps into arrays of 24 layers, and reads it back; that is where its time goes in the
+# table. It compiles hardly faster, because XLA compiles equal layers once in any case.
 
 
-def attention(q, k, v, *, window, impl="auto", block_size=1024):
-    """Causal softmax attention with grouped key/value heads; scores are scaled by 1/√H.
+# %% All layers
+def run_layer(config, window, T, x, layer):
+    """Returns the residual stream x [B·T, D] after one layer: attention, then the MLP, each added to it."""
+    layer = gather_weights(config, layer)
+    with jax.named_scope("attn"):
+        q, k, v = (checkpoint_name(y, "qkv") for y in project_qkv(layer, x))
+        x = x + project_out(layer, attend(config, q, k, v, T, window))
+    with jax.named_scope("mlp"):
+        return constrain(config, x + mlp(layer, x), ROWS)
 
-    q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
-    A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels.
-    """
+
+def trunk(config, weights, tokens):
+    """Returns the residual stream after the last layer, [B·T, D]. tokens: int32 [B, T]."""
+    with jax.named_scope("embed"):
+        x = constrain(config, embed(config, weights, tokens), ROWS)
+    T = tokens.shape[1]
+    runs = [rematerialize(config, functools.partial(run_layer, config, window, T)) for window in config.windows]
+    if config.layers == "scanned":
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights["layers"])
+        with jax.named_scope("layers"):
+            return jax.lax.scan(lambda x, layer: (runs[0](x, layer), None), x, stacked)[0]
+    for i, (run, layer) in enumerate(zip(runs, weights["layers"], strict=True)):
+        with jax.named_scope(f"layer_{i:02d}"):
+            x = run(x, layer)
+    return x
+
+
+# %% [markdown]
+# ## Loss in chunks
+#
+# The logits of 8 × 2048 tokens take 2 GiB in float32, and 1 GiB in the bfloat16 that `softcap_losses` keeps. With
+# `loss_chunks`, the head and the loss are computed for a part of the tokens at a time, and their gradients as well: the
+# loss is a mean, so the gradient of each token's loss is known, 1/S, before the backward pass begins. No array of the
+# logits' size outlives its chunk, and no matmul is done twice (so does [Liger](https://arxiv.org/abs/2410.10989)). The
+# price: every chunk adds to the gradient of the head, in float32. On several devices a chunk has tokens of each device.
+
+
+# %% Chunks
+def in_parts(config, x, n):
+    """[S, …] → [n, S/n, …]: parts to be taken one after the other, each of rows of every device."""
+    if config.devices > 1:
+        x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
+        return constrain(config, x, None, ROWS)
+    return x.reshape(n, -1, *x.shape[1:])
+
+
+def from_parts(config, x):
+    """[n, S/n, …] → [S, …]: the inverse of in_parts."""
+    if config.devices > 1:
+        x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
+        return constrain(config, x, ROWS)
+    return x.reshape(-1, *x.shape[2:])
+
+
+# %% Mean loss
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def chunked_mean_loss(config, x, head, targets):
+    """Returns the mean of softcap_losses, a chunk of the tokens at a time. x: [S, D]; head: [D, V]; targets: [S]."""
+    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
+    return jnp.mean(jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], config.softcap), chunks))
+
+
+def chunked_forward(config, x, head, targets):
+    """Returns (loss, the gradients of x and head), computed while the logits of a chunk are there."""
+
+    def add(carry, part):
+        total, dhead = carry
+        losses, saved = softcap_forward(part[0], head, part[1], config.softcap)
+        dx, dh, _ = softcap_backward(config.softcap, saved, jnp.full(losses.shape, 1 / targets.size))
+        return (total + jnp.sum(losses), dhead + dh.astype(jnp.float32)), dx
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
+    (total, dhead), dx = jax.lax.scan(add, zeros, chunks)
+    return total / targets.size, (from_parts(config, dx), dhead.astype(head.dtype))
+
+
+def chunked_backward(config, saved, g):
+    """Returns the gradients of x, head and targets (None): those of the forward pass times g, that of the loss."""
+    return *((g * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in saved), None
+
+
+chunked_mean_loss.defvjp(chunked_forward, chunked_backward)
+
+
+def loss_fn(config, params, tokens, targets):
+    """Returns the mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
+    if config.loss_chunks == 1:
+        return jnp.mean(token_losses(config, params, tokens, targets))
+    weights = cast_weights(config, params)
+    x = trunk(config, weights, tokens)
+    with jax.named_scope("loss"):
+        head, targets = gather_weights(config, weights["lm_head"]), targets.reshape(-1)
+        return chunked_mean_loss(config, rms_norm(x), head, targets)
+
+
+# %% Try it: the loss in chunks tags=["run"]
+if IN_NOTEBOOK:
+    c = Config.demo().replace(mesh=(1, 1), loss_chunks=8)
+    x = rms_norm(jax.random.normal(jax.random.key(0), (512, 64)))
+    head, targets = jax.random.normal(jax.random.key(1), (64, c.vocab_size)) / 8, jnp.arange(512)
+    ways = {
+        "whole": lambda x, head: jnp.mean(softcap_losses(x, head, targets, c.softcap)),
+        "in 8 chunks": lambda x, head: chunked_mean_loss(c, x, head, targets),
+    }
+    for name, way in ways.items():
+        loss, (_, dhead) = jax.value_and_grad(way, (0, 1))(x, head)
+        kept = jax.eval_shape(lambda *args, way=way: jax.vjp(way, *args)[1], x, head)
+        largest = max(leaf.size for leaf in jax.tree.leaves(kept))
+        print(f"{name:12} loss {loss:.6f}; gradient of the head up to {jnp.abs(dhead).max():.6f}; "
+              f"the largest array kept has {largest:,} numbers")  # fmt: skip
+
+# %% [markdown]
+# ## Sizes for slices
+#
+# Two presets for slices of several chips have 20 tokens a parameter, as in
+# [Chinchilla](https://arxiv.org/abs/2203.15556). They were compiled for those slices, not trained; figures are the
+# compiler's estimates. fsdp shards the state: 12 bytes a parameter over all chips.
+#
+# | `--preset` | parameters | mesh | hosts | tokens | tok/s | MFU | peak HBM a chip | time |
+# |---|---|---|---|---|---|---|---|---|
+# | `v6e_8` | 1.34B | 1 × 8 | 1 | 26.8B | 527,451 | 59.3% | 13.23 GiB | 14 hours |
+# | `v6e_64` | 6.83B | 1 × 64 | 16 | 136.6B | 668,913 | 47.7% | 26.88 GiB | 57 hours |
+#
+# Several hosts are asked for: `cloud/host.sh start 04_maxtext.py --preset v6e_64` sets `TPUCHAT_HOSTS=many`, and each
+# host runs this file (README.md). In a notebook, set `config = Config.small()`, or another preset, below *Configure*.
+
+# %% Presets
+PRESETS = "small", "demo", "v6e_8", "v6e_64"  # classmethods of Config
+
+
+def preset_option(argv):
+    """Returns (the Config that `--preset NAME` names, or None, the other options). InputError for a wrong name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    given, rest = parser.parse_known_args(argv)
+    if given.preset is None:
+        return None, rest
+    require(given.preset in PRESETS, "preset", given.preset, f"must be one of {', '.join(PRESETS)}")
+    return getattr(Config, given.preset)(), rest
+
+
+# %% Try it: how long would a slice take? tags=["run"]
+if IN_NOTEBOOK:
+    for name, mfu in {"v6e_8": 0.593, "v6e_64": 0.477}.items():
+        c = getattr(Config, name)()
+        parameters, tokens = count_params(c)["total"], c.total_steps * c.tokens_per_step
+        hours = tokens * flops_per_token(c) / (mfu * c.devices * PEAK_FLOPS["v6e"]) / 3600
+        print(f"{name:7} {parameters / 1e9:.2f}B parameters, {tokens / 1e9:.1f}B tokens, {hours:.0f} hours; "
+              f"the state takes {12 * parameters / c.devices / 2**30:.2f} GiB of a chip")  # fmt: skip
+
+
+# %% [markdown]
+# # Copied from 02_train.py
+#
+# Nothing in this part is new. Each cell is collapsed behind its title, in the order of
+# [02_train.py](https://github.com/tpuchat/tpuchat/blob/main/02_train.py), which explains it.
+
+
+# %% Mesh cellView="form" tags=["shared"]
+# @title Mesh
+ROWS = ("data", "fsdp")  # the axis of sequences, or of tokens, is sharded over all devices
+
+
+def sharding(config, *spec, mesh=None):
+    """Returns a NamedSharding over the mesh ('data', 'fsdp'). Without `mesh` it names no devices: enough to trace."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = mesh or jax.sharding.AbstractMesh(config.mesh_shape, ("data", "fsdp"), axis_types=auto)
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def weight_spec(config, shape):
+    """Returns the PartitionSpec of a weight, as a tuple: its longest axis that fsdp divides is sharded."""
+    fsdp = config.mesh_shape[1]
+    axes = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
+    longest = max(axes, key=lambda axis: (shape[axis], -axis), default=None)
+    return tuple("fsdp" if axis == longest and fsdp > 1 else None for axis in range(len(shape)))
+
+
+def constrain(config, x, *spec):
+    """Returns x with a sharding constraint; on one device x itself, so that the program is that of one device."""
+    return x if config.devices == 1 else jax.lax.with_sharding_constraint(x, sharding(config, *spec))
+
+
+def shard_weights(config, tree):
+    """Returns weights, moments or gradients, sharded as weight_spec says."""
+    return jax.tree.map(lambda w: constrain(config, w, *weight_spec(config, w.shape)), tree)
+
+
+def gather_weights(config, tree):
+    """Returns the weights replicated on every device: an all-gather of what fsdp shards."""
+    return jax.tree.map(lambda w: constrain(config, w), tree) if config.mesh_shape[1] > 1 else tree
+
+
+def per_device(config, function):
+    """Returns `function` mapped over the devices, each with its rows of every argument (shard_map)."""
+    if config.devices == 1:
+        return function
+    mesh, rows = sharding(config).mesh, jax.sharding.PartitionSpec(ROWS)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
+
+# %% Attention by definition cellView="form" tags=["shared"]
+# @title Attention by definition
+def einsum_attention(q, k, v, window):
+    """Attention as it is defined. q: [B, N, T, H]; k, v: [B, K, T, H]. Returns [B, N, T, H]."""
     N, T, H = q.shape[1:]
     K, scale = k.shape[1], H**-0.5
-    impls = ("auto", "einsum", "jax", "splash", "pallas")
-    require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
-    require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
-    if impl == "auto":
-        tiles = T % 128 == 0 and T % min(block_size, T) == 0
-        call = functools.partial(attention, window=window, block_size=block_size)
-        return jax.lax.platform_dependent(
-            q, k, v, tpu=functools.partial(call, impl="splash" if tiles else "jax"),
-            cuda=functools.partial(call, impl="jax"), default=functools.partial(call, impl="einsum"),
-        )  # fmt: skip
-    if impl == "einsum":
-        q = q.reshape(q.shape[0], K, N // K, T, H)
-        scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
-        t, s = np.arange(T)[:, None], np.arange(T)[None, :]
-        probs = jax.nn.softmax(jnp.where((s <= t) & (t - s <= window), scores, -jnp.inf), axis=-1)
-        out = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
-        return out.reshape(-1, N, T, H)
-    if impl == "jax":
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
-        local = (window, 0) if window < T else None
-        call = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, local_window_size=local)
-        if cudnn_takes(q):  # jax.nn never takes it by itself
-            cudnn = functools.partial(call, implementation="cudnn")
-            return jnp.swapaxes(jax.lax.platform_dependent(q, k, v, cuda=cudnn, default=call), 1, 2)
-        return jnp.swapaxes(call(q, k, v), 1, 2)
-
-    check_block_size(block_size, T)
-    block = min(block_size, T)
-    if impl == "splash":
-        q = (q.astype(jnp.float32) * scale).astype(q.dtype)  # splash leaves it to its caller
-        return on_tpu_or_interpreted(functools.partial(splash_attention, window=window, block=block), q, k, v)
-    if impl == "pallas":
-        require(
-            window >= T, "window", window, f"the pallas kernel is causal only: give window >= T = {T}, or use splash"
-        )
-        k, v = (jnp.repeat(x, N // K, axis=1) for x in (k, v))  # it wants as many key/value as query heads
-        return on_tpu_or_interpreted(functools.partial(flash_attention, block=block, scale=scale), q, k, v)
+    q = q.reshape(q.shape[0], K, N // K, T, H)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    t, s = np.arange(T)[:, None], np.arange(T)[None, :]
+    probs = jax.nn.softmax(jnp.where((s <= t) & (t - s <= window), scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
+    return out.reshape(-1, N, T, H)
 
 
-def cudnn_takes(q):
-    """Whether this machine has a GPU for cuDNN's flash attention, and q [B, T, N, H] is of a kind that it takes."""
+# %% Attention by libraries cellView="form" tags=["shared"]
+# @title Attention by libraries
+def jax_attention(q, k, v, window):
+    """jax.nn.dot_product_attention; by cuDNN where this machine has a GPU that it supports."""
+    T, H = q.shape[2:]
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # '8.0' is an A100, '9.0' an H100
-    if not re.fullmatch(r"\d+\.\d+", capability) or q.dtype != jnp.bfloat16:
-        return False
-    return float(capability) >= 8 and q.shape[-1] % 8 == 0 and q.shape[-1] <= (256 if float(capability) >= 9 else 128)
-
-
-# %% Attention kernels cellView="form" tags=["shared"]
-# @title Attention kernels
-def on_tpu_or_interpreted(kernel, q, k, v):
-    """kernel(q, k, v, interpret=False) where the program is lowered for a TPU, interpret=True elsewhere."""
-    return jax.lax.platform_dependent(
-        q, k, v, tpu=functools.partial(kernel, interpret=False), default=functools.partial(kernel, interpret=True)
+    generation = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0
+    cudnn = generation >= 8 and q.dtype == jnp.bfloat16 and H % 8 == 0 and H <= (256 if generation >= 9 else 128)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
+    local = (window, 0) if window < T else None
+    y = jax.nn.dot_product_attention(
+        q, k, v, scale=H**-0.5, is_causal=True, local_window_size=local, implementation="cudnn" if cudnn else None
     )
+    return jnp.swapaxes(y, 1, 2)
 
 
 @functools.lru_cache
-def splash_kernel(N, T, window, block, interpret):
-    """The splash attention kernel for [N, T, H] queries; layers with the same window share it."""
+def splash_kernel(N, T, window, block):
+    """Returns the splash attention kernel for [N, T, H] queries; layers with the same window share it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     mask = splash.CausalMask((T, T)) if window >= T else splash.LocalMask((T, T), window_size=(window, 0), offset=0)
@@ -1865,246 +1074,80 @@ def splash_kernel(N, T, window, block, interpret):
     )
     with jax.ensure_compile_time_eval():  # its mask tables must be arrays, not tracers of the first layer that asks
         return splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+            splash.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1
         )
 
 
-def splash_attention(q, k, v, *, window, block, interpret):
-    return jax.vmap(splash_kernel(*q.shape[1:3], window, block, interpret))(q, k, v)
+def splash_attention(q, k, v, window, block):
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash leaves the scale to its caller
+    return jax.vmap(splash_kernel(*q.shape[1:3], window, block))(q, k, v)
 
 
-def flash_attention(q, k, v, *, block, scale, interpret):
+def pallas_attention(q, k, v, block):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
+    k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))  # it wants K = N
     sizes = flash.BlockSizes(
         block_b=1, block_q=block, block_k_major=block, block_k=block, block_q_major_dkv=block, block_q_dkv=block,
         block_k_major_dkv=block, block_k_dkv=block, block_q_dq=block, block_k_major_dq=block, block_k_dq=block,
     )  # fmt: skip
-    kernel = functools.partial(flash.flash_attention, causal=True, sm_scale=scale, block_sizes=sizes)
-    if not interpret:
-        return kernel(q, k, v)
-
-    # The kernel has no interpret argument, and its backward pass is traced later than this line: wrap both. True is
-    # the interpreter without callbacks: their ordering tokens would not lower beside the TPU's branch.
-    @jax.custom_vjp
-    def interpreted(q, k, v):
-        return forward(q, k, v)[0]
-
-    def forward(q, k, v):
-        with pltpu.force_tpu_interpret_mode(True):
-            return jax.vjp(kernel, q, k, v)
-
-    def backward(vjp, gradient):
-        with pltpu.force_tpu_interpret_mode(True):
-            return vjp(gradient)
-
-    interpreted.defvjp(forward, backward)
-    return interpreted(q, k, v)
+    return flash.flash_attention(q, k, v, causal=True, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes)
 
 
-# %% Fused attention cellView="form" tags=["shared"]
-# @title Fused attention
-VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
+# %% Attention cellView="form" tags=["shared"]
+# @title Attention
+def attention(q, k, v, *, window, impl="einsum", block_size=1024):
+    """Causal softmax attention with grouped key/value heads; scores are scaled by 1/√H.
+
+    q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
+    A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels,
+    which run elsewhere under `pltpu.force_tpu_interpret_mode()`. Raises InputError for shapes that `impl` cannot take.
+    """
+    N, T, K = q.shape[1], q.shape[2], k.shape[1]
+    impls = ("einsum", "jax", "splash", "pallas")
+    require(impl in impls, "impl", impl, f"must be one of {', '.join(impls)}")
+    require(N % K == 0, "k.shape[1]", K, f"must divide the {N} query heads")
+    if impl == "einsum":
+        return einsum_attention(q, k, v, window)
+    if impl == "jax":
+        return jax_attention(q, k, v, window)
+    check_block_size(block_size, T)
+    if impl == "splash":
+        return splash_attention(q, k, v, window, min(block_size, T))
+    require(window >= T, "window", window, f"the pallas kernel is causal only: give window >= T = {T}, or use splash")
+    return pallas_attention(q, k, v, min(block_size, T))
 
 
-def fits_vmem(T, H):
-    """Whether fused_attention can take sequences of T tokens and heads of H: whole ones must fit."""
-    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+def choose_attention(config, platform):
+    """Returns the implementation that config.attn_impl means on platform 'tpu', 'gpu' or 'cpu'."""
+    T, H = config.seq_len, config.head_dim
+    if config.attn_impl != "auto":
+        return config.attn_impl
+    if platform == "tpu":
+        tiles = T % 128 == 0 and T % min(config.splash_block_size, T) == 0
+        return "fused" if fits_vmem(T, H) else "splash" if tiles else "jax"
+    return "jax" if platform == "gpu" else "einsum"
 
 
-def check_fits_vmem(seq_len, head_dim):
-    """InputError unless fused_attention can take them."""
-    require(
-        fits_vmem(seq_len, head_dim), "attn_impl", "fused",
-        f"needs seq_len={seq_len} and head_dim={head_dim} to be multiples of 128, of a product of at most 4096·128; "
-        "or set attn_impl='splash'",
-    )  # fmt: skip
-
-
-def query_tiles(T, size, window):
-    """[(rows, keys)]: slices of at most `size` queries, and of the keys in whole tiles of 128 that some of them see."""
-    size = next(s for s in (size, 256, 128) if T % s == 0)
-    return [(slice(t, t + size), slice(max(0, t - window) // 128 * 128, t + size)) for t in range(0, T, size)]
-
-
-def visible(rows, keys, window, query_axis):
-    """Boolean [rows, keys], or [keys, rows] where query_axis is 1: a query at t sees the keys t − window … t."""
-    sizes = [rows.stop - rows.start, keys.stop - keys.start]
-    t, s = (
-        jax.lax.broadcasted_iota(jnp.int32, sizes[:: 1 - 2 * query_axis], axis) for axis in (query_axis, 1 - query_axis)
-    )
-    age = t - s + (rows.start - keys.start)
-    return (age >= 0) & (age <= window)
-
-
-def dot(a, b, axis_a, axis_b):
-    """Contracts an axis of each; float32."""
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def turn(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + H/2]) of x [t, H] by cos = [c, c] and sin = [−s, s]; by −sin it turns back."""
-    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
-
-
-def normed_and_turned(x, cos, sin):
-    """norm_and_rope of x [t, H], float32, and 1/rms(x) [t, 1]."""
-    x = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-    return turn(x * inverse, cos, sin), inverse
-
-
-def turned_back(g, turned, inverse, cos, sin):
-    """The gradient of x from g, that of turned, both of normed_and_turned(x)."""
-    return inverse * turn(g - turned * jnp.mean(g * turned, axis=-1, keepdims=True), cos, -sin)
-
-
-def fold_lanes(x):
-    """[t, n·128] → [t, 128], by adding: what is left is one sum across lanes."""
-    return sum(x[:, i : i + 128] for i in range(0, x.shape[1], 128))
-
-
-def forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, lse_ref, keys_ref, *, window, group):
-    """One head of one sequence. q, k, v, y: [T, H]; lse: [1, 1, T]; keys: VMEM for the turned keys."""
-    T, H = q_ref.shape
-
-    def turn_keys(rows):
-        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
-
-    if group > 1:  # the first query head turns the keys for all of its group
-        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
-    for rows, keys in query_tiles(T, 256, window):
-        if group == 1:  # beside the matmuls: as a step of its own it would cost 5 to 11%
-            turn_keys(rows)
-        q = normed_and_turned(q_ref[rows], cos_ref[rows], sin_ref[rows])[0] * H**-0.5
-        scores = dot(q.astype(k_ref.dtype), keys_ref[keys], 1, 1)
-        p = jnp.where(visible(rows, keys, window, 0), jnp.exp(scores), 0)
-        y, sums = dot(p.astype(v_ref.dtype), v_ref[keys], 1, 0), fold_lanes(p)
-        y_ref[rows] = (y / jnp.sum(sums, axis=1, keepdims=True)).astype(y_ref.dtype)
-        lse_ref[0, :, rows] = jnp.log(jnp.sum(sums.T, axis=0, keepdims=True))
-
-
-def backward_kernel(
-    q_ref, k_ref, v_ref, y_ref, g_ref, lse_ref, cos_ref, sin_ref, dq_ref, dk_ref, dv_ref, keys_ref, dk_sum, dv_sum,
-    *, window, group,
-):  # fmt: skip
-    """The gradients dq, dk, dv [T, H] of what the forward kernel read, from g, that of y. `…_sum`: float32 VMEM."""
-    T, H = q_ref.shape
-    tiles = query_tiles(T, 512, window)
-
-    def turn_keys(rows):
-        keys_ref[rows] = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
-        dk_sum[rows] = dv_sum[rows] = jnp.zeros((rows.stop - rows.start, H), jnp.float32)
-
-    def finish_keys():
-        for rows, _ in tiles:
-            turned = normed_and_turned(k_ref[rows], cos_ref[rows], sin_ref[rows])
-            dk_ref[rows] = turned_back(dk_sum[rows], *turned, cos_ref[rows], sin_ref[rows]).astype(dk_ref.dtype)
-            dv_ref[rows] = dv_sum[rows].astype(dv_ref.dtype)
-
-    if group > 1:
-        pl.when(pl.program_id(2) == 0)(lambda: turn_keys(slice(0, T)))
-    for rows, keys in tiles:
-        if group == 1:
-            turn_keys(rows)
-        cos, sin, g, k = cos_ref[rows], sin_ref[rows], g_ref[rows], keys_ref[keys]
-        turned, inverse = normed_and_turned(q_ref[rows], cos, sin)
-        q = (turned * H**-0.5).astype(k.dtype)
-        p = jnp.where(visible(rows, keys, window, 1), jnp.exp(dot(k, q, 1, 1) - lse_ref[0, :, rows]), 0)
-        dv_sum[keys] += dot(p.astype(g.dtype), g, 1, 0)
-        gy = fold_lanes(g.astype(jnp.float32) * y_ref[rows].astype(jnp.float32))
-        ds = p * (dot(v_ref[keys], g, 1, 1) - jnp.sum(gy.T, axis=0, keepdims=True))
-        ds = ds.astype(k.dtype)
-        dk_sum[keys] += dot(ds, q, 1, 0)
-        dq_ref[rows] = turned_back(dot(ds, k, 0, 0) * H**-0.5, turned, inverse, cos, sin).astype(dq_ref.dtype)
-    pl.when(pl.program_id(2) == group - 1)(finish_keys) if group > 1 else finish_keys()
-
-
-def fused_call(kernel, inputs, outputs, tables, window, scratch, interpret):
-    """Calls a kernel for each (sequence, key/value head, query head of its group). Arrays are [B·T, N·H or K·H], and
-    [B·N, 1, T]; tables [T, H]; `scratch`: the dtypes of [T, H] in VMEM."""
-    (T, H), N = tables[0].shape, inputs[0].shape[1] // tables[0].shape[1]
-    B, K = inputs[0].shape[0] // T, inputs[1].shape[1] // H
-    group = N // K
-
-    def spec(x):
-        if x.ndim == 3:
-            return pl.BlockSpec((1, 1, T), lambda b, k, i: (b * N + k * group + i, 0, 0))
-        if x.shape[1] == N * H:
-            return pl.BlockSpec((T, H), lambda b, k, i: (b, k * group + i))
-        return pl.BlockSpec((T, H), lambda b, k, i: (b, k))
-
-    table = pl.BlockSpec((T, H), lambda b, k, i: (0, 0))
-    call = pl.pallas_call(
-        functools.partial(kernel, window=window, group=group), grid=(B, K, group), interpret=interpret,
-        in_specs=[*map(spec, inputs), table, table], out_specs=[*map(spec, outputs)], out_shape=outputs,
-        scratch_shapes=[pltpu.VMEM((T, H), dtype) for dtype in scratch], name=f"attention_{kernel.__name__}",
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
-    )  # fmt: skip
-    with jax.named_scope(f"attention_{kernel.__name__}"):  # an old jax names the kernel by its scope, not by `name`
-        return call(*inputs, *tables)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def fused_attention(q, k, v, T, H, window, interpret):
-    """QK-norm, RoPE and causal attention: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
-    return fused_forward(q, k, v, T, H, window, interpret)[0]
-
-
-def full_tables(T, H):
-    """rope_tables as `turn` wants them: [c, c] and [−s, s], float32 [T, H]."""
-    cos, sin = rope_tables(T, H)
-    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
-
-
-def fused_forward(q, k, v, T, H, window, interpret):
-    lse = jax.ShapeDtypeStruct((q.size // (T * H), 1, T), jnp.float32)
-    outputs = jax.typeof(q), lse
-    outputs = fused_call(forward_kernel, (q, k, v), outputs, full_tables(T, H), window, [k.dtype], interpret)
-    y, lse = (checkpoint_name(x, "attention") for x in outputs)  # for a remat policy to keep
-    return y, (q, k, v, y, lse)
-
-
-def fused_backward(T, H, window, interpret, saved, g):
-    q, k, v, y, lse = saved
-    outputs, scratch = (jax.typeof(q), jax.typeof(k), jax.typeof(v)), [k.dtype, jnp.float32, jnp.float32]
-    return tuple(
-        fused_call(backward_kernel, (q, k, v, y, g, lse), outputs, full_tables(T, H), window, scratch, interpret)
-    )
-
-
-fused_attention.defvjp(fused_forward, fused_backward)
-
-
-# %% Attend cellView="form" tags=["shared"]
-# @title Attend
 def attend(config, q, k, v, T, window):
-    """QK-norm, RoPE and causal attention between projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
-    H = config.head_dim
+    """QK-norm, RoPE and causal attention between the projections: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    H, impl = config.head_dim, choose_attention(config, jax.default_backend())
 
-    def plain(q, k, v):
+    def on_one_device(q, k, v):
+        if impl == "fused":
+            return fused_attention(q, k, v, T, H, window)
         (q, k, v), tables = (split_heads(x, T, H) for x in (q, k, v)), rope_tables(T, H)
-        q, k, impl = norm_and_rope(q, *tables), norm_and_rope(k, *tables), config.attn_impl
+        q, k = norm_and_rope(q, *tables), norm_and_rope(k, *tables)
         return merge_heads(attention(q, k, v, window=window, impl=impl, block_size=config.splash_block_size))
 
-    def fused(q, k, v, interpret=False):
-        return fused_attention(q, k, v, T, H, window, interpret)
-
-    def chosen(q, k, v):
-        if config.attn_impl == "fused":
-            return on_tpu_or_interpreted(fused, q, k, v)
-        if config.attn_impl == "auto" and fits_vmem(T, H):
-            return jax.lax.platform_dependent(q, k, v, tpu=fused, default=plain)
-        return plain(q, k, v)
-
-    return on_each_device(config, chosen)(q, k, v)
+    return per_device(config, on_one_device)(q, k, v)
 
 
 # %% Layers cellView="form" tags=["shared"]
 # @title Layers
 def embed(config, params, tokens):
-    """Tokens of any shape → [B·T, D]. The rows are cast after the gather: so their gradient is summed in float32."""
-    table = whole_weights(config, params["embed"])
+    """Tokens of any shape → [B·T, D]. Rows are cast after the gather, so that their gradient is summed in float32."""
+    table = gather_weights(config, params["embed"])
     return rms_norm(table[tokens.reshape(-1)]).astype(config.compute_dtype)
 
 
@@ -2121,255 +1164,37 @@ def project_out(layer, y):
 
 def lm_head(config, params, x):
     """[B·T, D] → logits [B·T, V], float32, softcapped."""
-    head = whole_weights(config, params["lm_head"])
+    head = gather_weights(config, params["lm_head"])
     logits = jnp.einsum("sd,dv->sv", rms_norm(x), head, preferred_element_type=jnp.float32)
     return config.softcap * jnp.tanh(logits / config.softcap)
-
-
-# %% Residual and MLP
-def mix_residual(layer, x, x0):
-    """The residual stream as it is: x0 is 02_train.py's."""
-    return x
-
-
-def mlp(layer, x):
-    """[B·T, D] → [B·T, D] through F units of SwiGLU: silu(x·gate) ⊙ x·up."""
-    x = rms_norm(x)
-    gate = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["gate"]), "mlp")
-    up = checkpoint_name(jnp.einsum("sd,df->sf", x, layer["up"]), "mlp")
-    return jnp.einsum("sf,fd->sd", jax.nn.silu(gate) * up, layer["down"])
-
-
-# %% [markdown]
-# ### What is remembered
-#
-# The backward pass needs what the forward pass computed. It can be kept (bytes), or computed again (FLOPs), and that is
-# the choice with the most names in big trainers. Here it has three, by what a layer leaves behind:
-#
-# - `none`: whatever autodiff asks for, with XLA free to compute cheap things again where it reads them;
-# - `minimal`: the results of the matmuls and of attention; norms, SwiGLU and residuals are computed again;
-# - `full`: the residual stream alone; a whole layer is computed again, a third more FLOPs.
-#
-# What each costs on a v6e, by the compiler's word and estimate (`python 04_maxtext.py --preflight v6e` with the options
-# in the first column; 369M parameters, 8 × 2048 tokens; compile times on two cores that had other work):
-#
-# | | ms a step | tok/s | MFU | peak HBM | compile |
-# |---|---|---|---|---|---|
-# | the defaults | 76.9 | 212,985 | 53.7% | 13.58 GiB | 62 s |
-# | `--loss_chunks 8` | 79.9 | 204,984 | 51.7% | 12.95 GiB | 79 s |
-# | `--remat minimal` | 83.0 | 197,286 | 49.8% | 13.29 GiB | 79 s |
-# | `--remat full` | 98.0 | 167,167 | 42.2% | 6.54 GiB | 120 s |
-# | `--layers scanned` | 252.8 | 64,818 | 16.3% | 27.13 GiB | 55 s |
-# | `--layers scanned --remat minimal --loss_chunks 8` | 129.0 | 127,017 | 32.0% | 13.62 GiB | 61 s |
-#
-# So on one chip the habits of the big trainers do not pay at this size, and the defaults are without them. `minimal`
-# keeps almost as much as `none`, because unrolled XLA already computes cheap things again, and the barriers that hold a
-# policy in place cost 6 ms. A scan writes all that a layer leaves into arrays of 24 layers, and reads it back: that is
-# where its time goes, and it compiles hardly faster, since XLA compiles equal layers once in any case. `full` is for
-# what does not fit: it halves the memory for 27% more time. The table is a reason to measure, not to believe.
-
-
-# %% All layers
-def run_layer(config, window, T, x, layer):
-    """One layer: attention, then MLP, each added to the residual stream x [B·T, D]."""
-    layer = whole_weights(config, layer)
-    with jax.named_scope("attn"):
-        q, k, v = (checkpoint_name(y, "qkv") for y in project_qkv(layer, x))
-        x = x + project_out(layer, attend(config, q, k, v, T, window))
-    with jax.named_scope("mlp"):
-        return constrain(config, x + mlp(layer, x), ROWS)
-
-
-def hidden(config, weights, tokens):
-    """What the last layer leaves on the residual stream, [B·T, D]. tokens: int32 [B, T]."""
-    with jax.named_scope("embed"):
-        x = constrain(config, embed(config, weights, tokens), ROWS)
-    runs = [remembering(config, functools.partial(run_layer, config, w, tokens.shape[1])) for w in config.windows]
-    if config.layers == "scanned":
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights["layers"])
-        with jax.named_scope("layers"):
-            return jax.lax.scan(lambda x, layer: (runs[0](x, layer), None), x, stacked)[0]
-    for i, (run, layer) in enumerate(zip(runs, weights["layers"], strict=True)):
-        with jax.named_scope(f"layer_{i:02d}"):
-            x = run(x, layer)
-    return x
-
-
-def remembering(config, layer):
-    """`layer`, with what config.remat says kept for its backward pass, and the rest computed again."""
-    if config.remat == "none":
-        return layer
-    names = ("qkv", "attention", "mlp") if config.remat == "minimal" else ()
-    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*names))
 
 
 # %% Forward pass cellView="form" tags=["shared"]
 # @title Forward pass
 def cast_weights(config, params):
-    """Matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
+    """Returns the matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
 
     def cast(path, weight):
         keep = weight.ndim == 0 or path[0].key == "embed"
         return weight if keep else weight.astype(config.compute_dtype)
 
-    return split_weights(config, jax.tree_util.tree_map_with_path(cast, params))
+    return shard_weights(config, jax.tree_util.tree_map_with_path(cast, params))
 
 
 def forward(config, params, tokens):
-    """Next-token logits, float32 [B, T, V], softcapped. tokens: int32 [B, T]; params: masters, or cast weights."""
+    """Returns next-token logits, float32 [B, T, V]. tokens: int32 [B, T]; params: masters, or cast weights."""
     weights = cast_weights(config, params)
-    x = hidden(config, weights, tokens)
+    x = trunk(config, weights, tokens)
     with jax.named_scope("lm_head"):
         return lm_head(config, weights, x).reshape(*tokens.shape, -1)
 
 
-# %% [markdown]
-# ### How big, and how much work
-#
-# 369,098,752 parameters: 33.6M embedding, 75.5M attention, 226.5M MLP, 33.6M head.
-
-
-# %% Counts cellView="form" tags=["shared"]
-# @title Counts
-def part_of(path):
-    """The part of the model, embed, attn, mlp or lm_head, that a parameter belongs to, by its path in the tree."""
-    name = path[-1].key
-    return name if name in ("embed", "lm_head") else "mlp" if name in ("gate", "up", "down") else "attn"
-
-
-def count_params(config):
-    """Exact parameter counts by part. 'attn' includes the two residual scalars of each layer."""
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    sizes = collections.Counter()
-    for path, weight in jax.tree_util.tree_leaves_with_path(params):
-        sizes[part_of(path)] += weight.size
-    return {part: sizes[part] for part in ("embed", "attn", "mlp", "lm_head")} | {"total": sizes.total()}
-
-
-def flops_per_token(config):
-    """Training FLOPs per token: 6 for each matmul weight (attn, mlp, lm_head; the embedding is a lookup), plus
-    12·N·H for each key that a query sees, averaged over the sequence: a full causal layer counts (T+1)/2 keys, half of
-    the T×T convention, and a window of w tokens at most w + 1. Norms, softmax and the optimizer are not counted."""
-    counts = count_params(config)
-    matmuls = counts["attn"] + counts["mlp"] + counts["lm_head"]
-    t = np.arange(config.seq_len)
-    keys = sum(float(np.mean(np.minimum(t, window) + 1)) for window in config.windows)
-    return 6 * matmuls + 12 * config.n_head * config.head_dim * keys
-
-
-# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
-PEAK_FLOPS = {
-    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
-}  # fmt: skip
-
-
-def peak_flops(device_kind):
-    """Peak FLOP/s of a chip, or None if it is not in the table: MFU is then n/a, not a guess."""
-    words = f" {device_kind.replace('-', ' ')} "
-    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in words), None)
-
-
-# %% [markdown]
-# ## Loss
-#
-# The logits of 8 × 2048 tokens are 2 GiB in float32, and 1 GiB in the bfloat16 that `softcap_losses` keeps. With
-# `loss_chunks` the head and the loss are computed for a part of the tokens at a time, and so are their gradients: the
-# loss is a mean, so the gradient of each token's loss is known, 1/S, before the backward pass begins. Nothing of the
-# size of the logits outlives its chunk, and no matmul is done twice (the idea of Liger's fused linear cross-entropy).
-# What it costs is the gradient of the head, which each chunk adds to in float32.
-
-
-# %% Loss cellView="form" tags=["shared"]
-# @title Loss
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def softcap_losses(x, head, targets, softcap):
-    """Cross-entropy, nats, float32 [S], of targets [S] under logits softcap·tanh(x @ head / softcap).
-
-    x: [S, D], head: [D, V]. The logits themselves never reach memory in float32.
-    """
-    return softcap_forward(x, head, targets, softcap)[0]
-
-
-def softcap_forward(x, head, targets, softcap):
-    capped = jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
-    is_target = jnp.arange(head.shape[1]) == targets[:, None]
-    lse = jnp.log(jnp.sum(jnp.exp(softcap * capped), axis=-1))
-    losses = lse - softcap * jnp.sum(jnp.where(is_target, capped, 0), axis=-1)
-    # Without the barrier XLA would keep float32 and round when it reads: twice the bytes.
-    stored = jax.lax.optimization_barrier(capped.astype(x.dtype))
-    return losses, (x, head, targets, stored, lse)
-
-
-def softcap_backward(softcap, saved, g):
-    x, head, targets, capped, lse = saved
-    capped = capped.astype(jnp.float32)
-    is_target = jnp.arange(head.shape[1]) == targets[:, None]
-    gradient = (jnp.exp(softcap * capped - lse[:, None]) - is_target) * g[:, None]  # of the capped logits
-    gradient = (gradient * (1 - capped * capped)).astype(x.dtype)  # of those before
-    dx = jnp.einsum("sv,dv->sd", gradient, head)
-    dhead = jnp.einsum("sd,sv->dv", x, gradient)
-    return dx, dhead, None
-
-
-softcap_losses.defvjp(softcap_forward, softcap_backward)
-
-
-def token_losses(config, params, tokens, targets):
-    """Cross-entropy of each target, nats, float32 [B, T]."""
-    weights = cast_weights(config, params)
-    x = hidden(config, weights, tokens)
-    with jax.named_scope("loss"):
-        head = whole_weights(config, weights["lm_head"])
-        losses = softcap_losses(rms_norm(x), head, targets.reshape(-1), config.softcap)
-        return losses.reshape(targets.shape)
-
-
-# %% Mean loss
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked_mean_loss(config, x, head, targets):
-    """Mean of softcap_losses, a chunk of the tokens at a time: no logits are kept. x [S, D], head [D, V]."""
-    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
-    return jnp.mean(jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], config.softcap), chunks))
-
-
-def chunked_forward(config, x, head, targets):
-    """The loss and, while a chunk's logits are there, the gradients as well: backward has nothing left to do."""
-
-    def add(carry, part):
-        total, dhead = carry
-        losses, saved = softcap_forward(part[0], head, part[1], config.softcap)
-        dx, dh, _ = softcap_backward(config.softcap, saved, jnp.full(losses.shape, 1 / targets.size))
-        return (total + jnp.sum(losses), dhead + dh.astype(jnp.float32)), dx
-
-    zeros = jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32)
-    chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
-    (total, dhead), dx = jax.lax.scan(add, zeros, chunks)
-    return total / targets.size, (from_parts(config, dx), dhead.astype(head.dtype))
-
-
-def chunked_backward(config, saved, g):
-    return *((g * gradient.astype(jnp.float32)).astype(gradient.dtype) for gradient in saved), None
-
-
-chunked_mean_loss.defvjp(chunked_forward, chunked_backward)
-
-
-def loss_fn(config, params, tokens, targets):
-    """Mean cross-entropy, nats per token. tokens, targets: int32 [B, T]."""
-    if config.loss_chunks == 1:
-        return jnp.mean(token_losses(config, params, tokens, targets))
-    weights = cast_weights(config, params)
-    x = hidden(config, weights, tokens)
-    with jax.named_scope("loss"):
-        head, targets = whole_weights(config, weights["lm_head"]), targets.reshape(-1)
-        return chunked_mean_loss(config, rms_norm(x), head, targets)
-
-
-# %% [markdown]
-# ## Optimizer
-#
-# AdamW with a trapezoid for the learning rate.
+# %% Loss, plainly cellView="form" tags=["shared"]
+# @title Loss, plainly
+def plain_loss(x, head, targets, softcap):
+    """Cross-entropy as it is defined. x: [S, D]; head: [D, V]; targets: [S]. Returns nats, float32 [S]."""
+    logits = softcap * jnp.tanh(jnp.einsum("sd,dv->sv", x, head, preferred_element_type=jnp.float32) / softcap)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
 
 
 # %% Optimizer cellView="form" tags=["shared"]
@@ -2381,27 +1206,22 @@ class TrainState(NamedTuple):
     params: dict  # float32 masters
     mu: dict  # first moment, float32
     nu: dict  # second moment, float32
-    hyper: dict  # the schedule's scalars: config values that the step reads, without being compiled for them
+    hyper: dict  # the schedule's float32 scalars: the step reads them without being compiled for them
 
 
 def hyperparams(config):
-    """The free optimization fields of config, as float32 scalars."""
+    """Returns the free optimization fields of config as float32 scalars, numpy."""
     total = config.total_steps
     values = {
         "learning_rate": config.learning_rate, "weight_decay": config.weight_decay, "beta1": config.beta1,
         "beta2": config.beta2, "eps": config.eps, "final_lr_frac": config.final_lr_frac, "total_steps": total,
         "warmup_steps": round(config.warmup_ratio * total), "warmdown_steps": round(config.warmdown_ratio * total),
     }  # fmt: skip
-    return {name: jnp.array(np.float32(value)) for name, value in values.items()}
-
-
-def put_hyper(config, hyper):
-    """The schedule's scalars on all devices."""
-    return {name: put_whole(config, value) for name, value in hyper.items()}
+    return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
 def scheduled_lr(hyper, step):
-    """Learning rate of step 0, 1, …: linear warmup, constant, linear warmdown to final_lr_frac of it."""
+    """Returns the learning rate of step 0, 1, …: linear warmup, constant, linear warmdown to final_lr_frac of it."""
     up = (step + 1) / jnp.maximum(hyper["warmup_steps"], 1)
     down = (hyper["total_steps"] - step) / jnp.maximum(hyper["warmdown_steps"], 1)
     frac = hyper["final_lr_frac"]
@@ -2409,17 +1229,17 @@ def scheduled_lr(hyper, step):
 
 
 def adam_direction(hyper, t, mu, nu):
-    """Adam's step of size 1 down the gradient, from the moments after update t = 1, 2, …."""
+    """Returns Adam's step of size 1 down the gradient, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
 
 
 def is_decayed(path, p):
-    """Weight decay is for matrices, not for the embedding and not for scalars."""
+    """Whether weight decay applies to parameter p: to matrices, not to the embedding nor to scalars."""
     return p.ndim > 1 and path[0].key != "embed"
 
 
 def adamw(hyper, state, grads, learning_rate):
-    """(params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
+    """Returns (params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
     b1, b2, t = hyper["beta1"], hyper["beta2"], state.step + 1
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
@@ -2434,99 +1254,109 @@ def adamw(hyper, state, grads, learning_rate):
     return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
 
 
+# %% Train state cellView="form" tags=["shared"]
+# @title Train state
 @jax.jit
-def init_arrays(config, key):
-    """Step 0, the parameters, and two trees of zeros for the moments, made by one program."""
-    params = init_params(config, key)
+def new_state(config, key_data, hyper):
+    """Returns the TrainState before step 0, sharded as it stays."""
+    params = init_params(config, jax.random.wrap_key_data(key_data, impl="threefry2x32"))
     mu, nu = jax.tree.map(jnp.zeros_like, (params, params))
-    return constrain(config, jnp.zeros((), jnp.int32)), *split_weights(config, (params, mu, nu))
+    return TrainState(constrain(config, jnp.zeros((), jnp.int32)), *shard_weights(config, (params, mu, nu)), hyper)
+
+
+def seed_and_hyper(config):
+    """Returns the arguments of new_state: the seed and the schedule are free, so they are arrays."""
+    return np.asarray(jax.random.key_data(jax.random.key(config.seed, impl="threefry2x32"))), hyperparams(config)
 
 
 def init_train_state(config):
-    """The state before step 0. The seed and the schedule are free: they are read here, outside any compiled program."""
-    key, hyper = jax.random.key(config.seed), hyperparams(config)
-    if config.devices > 1 and not isinstance(key, jax.core.Tracer):  # where the key is, there the state will be
-        key = jax.random.wrap_key_data(put_whole(config, jax.random.key_data(key)))
-        hyper = put_hyper(config, hyper)
-    return TrainState(*init_arrays(config, key), hyper)
+    """Returns the TrainState before step 0, on the devices."""
+    return new_state(config, *put(config, seed_and_hyper(config)))
 
 
-# %% [markdown]
-# ## Train step
-#
-# Weights are cast once, microbatches are added in float32, the state is donated.
+def state_shapes(config):
+    """Returns the TrainState as jax.ShapeDtypeStructs: no arrays, no devices."""
+    return jax.eval_shape(new_state, config, *seed_and_hyper(config))
+
+
+def put(config, tree, *spec):
+    """Returns arrays that are equal on all processes as jax.Arrays on the devices, sharded by `spec`."""
+    if config.devices == 1:
+        return jax.device_put(tree)
+    place = sharding(config, *spec, mesh=device_mesh(config))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), tree)
+
+
+# %% Devices of the mesh cellView="form" tags=["shared"]
+# @title Devices of the mesh
+def arrange(config, devices):
+    """Returns the devices of the mesh, np.array [data, fsdp], each group close together in the TPU's torus.
+
+    Raises InputError if there are not as many as config.mesh says.
+    """
+    require(len(devices) == config.devices, "mesh", config.mesh_shape, f"there are {len(devices)} devices")
+    return mesh_utils.create_device_mesh(config.mesh_shape, list(devices), allow_split_physical_axes=True)
+
+
+def device_mesh(config):
+    """Returns the Mesh of this job's devices. Raises InputError if there are too few, or if a host has none."""
+    count = jax.device_count()
+    enough = config.devices <= count if jax.process_count() == 1 else config.devices == count
+    require(enough, "mesh", config.mesh, f"is of {config.devices} devices, and here are {count}")
+    return jax.sharding.Mesh(arrange(config, jax.devices()[: config.devices]), ("data", "fsdp"))
 
 
 # %% Train step cellView="form" tags=["shared"]
 # @title Train step
 def loss_and_grads(config, weights, tokens, targets):
-    """Mean loss and gradients of [total_batch, T] tokens, device_batch_size sequences at a time."""
+    """Returns the mean loss and the gradients of A microbatches. tokens, targets: int32 [A, B, T]."""
     value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config))
     n = config.grad_accum_steps
     if n == 1:
-        loss, grads = value_and_grad(weights, tokens, targets)
-        return loss, split_weights(config, grads)
+        loss, grads = value_and_grad(weights, tokens[0], targets[0])
+        return loss, shard_weights(config, grads)
 
     def add_microbatch(total, batch):
         loss, grads = value_and_grad(weights, *batch)
-        new = loss, split_weights(config, grads)
+        new = loss, shard_weights(config, grads)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, new), None
 
-    zeros = split_weights(config, jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights))
-    batches = tuple(in_parts(config, x, n) for x in (tokens, targets))
-    total, _ = jax.lax.scan(add_microbatch, (jnp.zeros((), jnp.float32), zeros), batches)
+    zeros = shard_weights(config, jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights))
+    total, _ = jax.lax.scan(add_microbatch, (jnp.zeros((), jnp.float32), zeros), (tokens, targets))
     return jax.tree.map(lambda x: x / n, total)
 
 
 def global_norm(tree):
-    """Square root of the sum of all squares, float32."""
+    """Returns the square root of the sum of all squares, float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
 def train_step(config, state, tokens, targets):
-    """One optimizer step on int32 [total_batch, T] tokens and targets: (new state, metrics as device scalars)."""
+    """Returns (the new state, metrics as device scalars) after one optimizer step.
+
+    tokens, targets: int32 [A, B, T], config.batch_shape; on one device also [A·B, T].
+    """
+    tokens, targets = (x.reshape(config.batch_shape) for x in (tokens, targets))
     weights = cast_weights(config, state.params)
     loss, grads = loss_and_grads(config, weights, tokens, targets)
     with jax.named_scope("optimizer"):
         norm, learning_rate = global_norm(grads), scheduled_lr(state.hyper, state.step)
         if config.grad_clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, config.grad_clip / norm), grads)
-        params, mu, nu = new = adamw(state.hyper, state, grads, learning_rate)
+        new = adamw(state.hyper, state, grads, learning_rate)
         if config.nonfinite == "skip":
             fine, old = jnp.isfinite(loss) & jnp.isfinite(norm), (state.params, state.mu, state.nu)
-            params, mu, nu = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
+            new = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate}
-    params, mu, nu = split_weights(config, (params, mu, nu))
-    return TrainState(state.step + 1, params, mu, nu, state.hyper), metrics
-
-
-def abstract_step(config, mesh):
-    """(state, tokens) as train_step takes them: shapes, and where their parts lie on a mesh, or on one of no particular
-    devices."""
-    state = jax.eval_shape(lambda: init_train_state(config))
-    tokens = jax.ShapeDtypeStruct((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    if config.devices == 1:
-        return state, tokens
-
-    def place(x, *spec):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(config, *spec, mesh=mesh))
-
-    state = jax.tree.map(lambda x: place(x, *weight_spec(config, x.shape)), state)  # of scalars the spec is empty
-    return state, place(tokens, ROWS)
-
-
-# %% [markdown]
-# ## Evaluate and sample
-#
-# Bits per byte on the pinned validation shard, and text, with a key/value cache.
+    return TrainState(state.step + 1, *shard_weights(config, new), state.hyper), metrics
 
 
 # %% Norms cellView="form" tags=["shared"]
 # @title Norms
 @jax.jit
 def state_norms(state):
-    """{'param_norm/attn': …, 'update_norm/attn': …} of each part after a step, and of the update that it was."""
+    """Returns {'param_norm/attn': …, 'update_norm/attn': …}: of each part after a step, and of the update it made."""
     hyper, learning_rate, squares = state.hyper, scheduled_lr(state.hyper, state.step - 1), collections.Counter()
     leaves = (jax.tree.leaves(tree) for tree in (state.mu, state.nu))
     for (path, p), m, n in zip(jax.tree_util.tree_leaves_with_path(state.params), *leaves, strict=True):
@@ -2538,14 +1368,201 @@ def state_norms(state):
     return {name: jnp.sqrt(value) for name, value in squares.items()}
 
 
+# %% Documents cellView="form" tags=["shared"]
+# @title Documents
+PIECE_CHARS = 20_000  # a longer document is encoded in pieces: bounds the latency and memory of one call
+GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task should be worth its overhead
+
+
+class Position(NamedTuple):
+    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
+
+    epoch: int = 0
+    shard: int = 0
+    row: int = 0
+    offset: int = 0
+
+
+def encode_document(tokenizer, text):
+    """Returns BOS and the tokens of `text`, uint32. Special tokens in the text are encoded as ordinary text."""
+    pieces = [text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)]
+    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
+
+
+def document_groups(shards, start, process=0, processes=1):
+    """Yields lists of (Position, text), forever, about GROUP_CHARS each, and an empty list at the end of each shard.
+
+    `shards` are functions that return a shard's path; the next one is called in the background while a shard is read.
+    Of several processes, each takes every n-th row. Raises InputError if `start` is not in its shard.
+    """
+    place, ahead = start, in_background(shards[start.shard])
+    while True:
+        if ahead.done() and ahead.exception() and place != start:
+            ahead = in_background(shards[place.shard])  # it failed ahead of use: a network may have recovered
+        path = ahead.result()
+        rows = pq.read_metadata(path).num_rows
+        if place.row >= rows or rows < processes:
+            raise InputError(f"{path}: has {rows} documents; the run needs row {place.row}, and {processes} at least")
+        following = (place.shard + 1) % len(shards)
+        ahead, group, chars = in_background(shards[following]), [], 0
+        for row, text in read_documents(path, place.row):
+            if row % processes == process:
+                group.append((place._replace(row=row, offset=place.offset if row == place.row else 0), text))
+                chars += len(text)
+            if chars >= GROUP_CHARS:
+                yield group
+                group, chars = [], 0
+        if group:
+            yield group
+        yield []
+        place = Position(place.epoch + (following == 0), following)
+
+
+# %% Encode and pack cellView="form" tags=["shared"]
+# @title Encode and pack
+def encoded_groups(tokenizer, groups, pool, ahead):
+    """Yields [(Position, tokens), …] for each group of documents, encoded by the pool, `ahead` groups in advance."""
+
+    def encode(group):
+        return [(place, encode_document(tokenizer, text)[place.offset :]) for place, text in group]
+
+    pending = collections.deque()
+    for group in groups:
+        if group:
+            pending.append(pool.submit(encode, group))
+        # At the end of a shard nothing is held back: the next shard may not be there yet.
+        while len(pending) > (ahead if group else 0):
+            yield pending.popleft().result()
+
+
+def packed_batches(groups, shape):
+    """Yields [(tokens, targets, Position of the token after), …], int32 of `shape`: the batches a group completes."""
+    n, held, parts = math.prod(shape), 0, collections.deque()
+    for group in groups:
+        parts.extend(group)
+        held += sum(len(tokens) for _, tokens in group)
+        batches = []
+        while held > n:  # enough for n inputs and the target of the last
+            taken, left = [], n
+            while len(parts[0][1]) <= left:
+                taken.append(parts.popleft()[1])
+                left -= len(taken[-1])
+            place, tokens = parts[0]
+            stream = np.concatenate([*taken, tokens[: left + 1]]).astype(np.int32)
+            parts[0] = (place._replace(offset=place.offset + left), tokens[left:])
+            held -= n
+            batches.append((stream[:-1].reshape(shape), stream[1:].reshape(shape), parts[0][0]))
+        if batches:
+            yield batches
+
+
+# %% Loader cellView="form" tags=["shared"]
+# @title Loader
+class PrefetchDataLoader:
+    """Iterates over (tokens, targets), int32 [A, B, T] on the devices, made ahead of use in background threads.
+
+    `shards`: functions that return a shard's path, as list_shards gives them. An exception in a thread is raised by
+    `next(loader)`. `wait_seconds`: how long next() has waited. Use the loader in a `with` block, or call close().
+    """
+
+    def __init__(self, config, tokenizer, shards, *, threads=None, depth=4, process=None, processes=None):
+        self.config, self.tokenizer, self.shards = config, tokenizer, shards
+        self.threads, self.depth, self.wait_seconds = threads or os.cpu_count(), depth, 0.0
+        self.process = jax.process_index() if process is None else process
+        self.processes = processes or jax.process_count()
+        A, B, T = config.batch_shape
+        rule = f"must give each of {self.processes} processes as many sequences"
+        require(B % self.processes == 0, "device_batch_size", config.device_batch_size, rule)
+        self.shape = A, B // self.processes, T  # of the part of a batch that this process makes
+        self._start(Position())
+
+    def _start(self, position):
+        self.position = position  # of the next token
+        self.ready, self.queue, self.stopping = collections.deque(), queue.Queue(self.depth), threading.Event()
+        work = position, self.queue, self.stopping
+        self.thread = threading.Thread(target=self._produce, args=work, daemon=True)
+        self.thread.start()
+
+    def _produce(self, start, batches, stopping):
+        def hand_over(item):
+            while not stopping.is_set():
+                with contextlib.suppress(queue.Full):
+                    return batches.put(item, timeout=0.1)
+
+        pool = concurrent.futures.ThreadPoolExecutor(self.threads)
+        try:
+            groups = document_groups(self.shards, start, self.process, self.processes)
+            for made in packed_batches(encoded_groups(self.tokenizer, groups, pool, 2 * self.threads), self.shape):
+                # One transfer for all that is ready: with one for each, small batches were half as fast.
+                arrays = put_local(self.config, [(tokens, targets) for tokens, targets, _ in made], None, ROWS)
+                hand_over([(*pair, place) for pair, (*_, place) in zip(arrays, made, strict=True)])
+                if stopping.is_set():
+                    break
+        except BaseException as error:
+            hand_over(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.stopping.is_set():
+            raise RuntimeError("the loader is closed")
+        if not self.ready:
+            started = time.perf_counter()
+            item = self.queue.get()
+            self.wait_seconds += time.perf_counter() - started
+            if isinstance(item, BaseException):
+                self.queue.put(item)  # the next call raises it, too
+                raise item
+            self.ready.extend(item)
+        tokens, targets, self.position = self.ready.popleft()
+        return tokens, targets
+
+    def state_dict(self):
+        """Returns the position of the next token, for JSON; of several processes a list. All processes call it."""
+        places = [Position(*place)._asdict() for place in all_gather(np.array([self.position], np.int32)).tolist()]
+        return places[0] if len(places) == 1 else {"processes": places}
+
+    def load_state_dict(self, state):
+        """Continues from a state_dict. With another number of processes some documents are read again, or left out.
+
+        Raises InputError if it is not a position in these shards.
+        """
+        places = state.get("processes", [state]) if isinstance(state, dict) else [state]
+        try:
+            positions = [Position(**place) for place in places]
+            valid = all(type(n) is int and n >= 0 for place in positions for n in place) and positions
+        except TypeError:
+            valid = False
+        if not valid or any(place.shard >= len(self.shards) for place in positions):
+            raise InputError(f"loader position {state}: not one in {len(self.shards)} training shards")
+        self.close()
+        if len(positions) == self.processes:
+            return self._start(positions[self.process])
+        lowest = min(positions)._replace(offset=0)
+        print(f"data    resumed by {self.processes} processes after {len(positions)}: some documents are read again")
+        self._start(lowest)
+
+    def close(self):
+        """Stops the threads. Batches that were ready are dropped; the position stays."""
+        self.stopping.set()
+        self.thread.join(timeout=10)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
 # %% Evaluate cellView="form" tags=["shared"]
 # @title Evaluate
 def validation_batches(config, tokenizer, path, max_tokens=-1):
-    """[(tokens, targets, bytes of each target)] of the validation shard, int32 [B, T] each, B what fits the devices.
-
-    The last batch is padded with targets of −1, which count for nothing.
-    """
-    B, T = config.device_batch_size * config.devices, config.seq_len
+    """Returns [(tokens, targets, bytes of each target)] of a validation shard, int32 [B, T], padded by targets of −1."""
+    _, B, T = config.batch_shape
     stream, held = [], 0
     for _, text in read_documents(path):
         stream.append(encode_document(tokenizer, text))
@@ -2566,81 +1583,30 @@ evaluation_weights = jax.jit(cast_weights)  # once for all batches
 
 @jax.jit
 def evaluation_step(config, params, tokens, targets):
-    """Loss of each target, nats, float32 [B, T]; 0 where the target is −1."""
-    losses = token_losses(config, params, tokens, jnp.maximum(targets, 0))
-    return jnp.where(targets < 0, 0, losses)
+    """Returns the summed loss at each position, nats, float32 [T], and of each target, [B, T]; 0 where it is −1."""
+    losses = jnp.where(targets < 0, 0, token_losses(config, params, tokens, jnp.maximum(targets, 0)))
+    return constrain(config, losses.sum(axis=0)), constrain(config, losses)
 
 
 def evaluate(config, params, batches):
-    """{'loss': nats per token, 'bpb': bits per byte, 'by_position': loss at each place in the context, [T]} on the
-    batches of validation_batches."""
-    weights = evaluation_weights(config, params)
-    losses = []
+    """Returns {'loss': nats per token, 'bpb': bits per byte, 'by_position': loss at each position, [T]} on batches of
+    validation_batches."""
+    weights, sums = evaluation_weights(config, params), []
     for tokens, targets, _ in batches:
-        loss = evaluation_step(config, weights, *(put_whole(config, x, ROWS) for x in (tokens, targets)))
-        # Steps that do not wait for each other may wait for each other's sums: on several CPUs 39 in flight hung.
-        losses.append(loss if jax.process_count() == 1 else from_all_processes(loss))
-    nats = sum(loss.sum(axis=0, dtype=np.float64) for loss in jax.device_get(losses))
+        sums.append(evaluation_step(config, weights, *put(config, (tokens, targets), ROWS))[0])
+        if config.devices > 1:  # on several CPUs 39 evaluations in flight hung, waiting for each other's sums
+            jax.block_until_ready(sums[-1])
+    nats = sum(x.astype(np.float64) for x in jax.device_get(sums))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
     by_position = nats / np.maximum(count, 1)
     return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
 
 
-# %% Beyond one number cellView="form" tags=["shared"]
-# @title Beyond one number
-def plot_positions(by_position, path):
-    """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
-    from matplotlib.figure import Figure
-
-    edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).astype(int)) - 1
-    means = [by_position[a:b].mean() for a, b in itertools.pairwise(edges)]
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.stairs(means, edges + 1, baseline=None, color="tab:blue")
-    axes.set(xscale="log", xlabel="position in the context", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def surprise(config, params, tokenizer, text):
-    """[(bytes of a token, its bits)] of the first T tokens of a text, each given BOS and those before it."""
-    ids = encode_document(tokenizer, text)[: config.seq_len + 1]
-    shape = config.device_batch_size * config.devices, config.seq_len  # that of an evaluation: nothing is compiled
-    tokens, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
-    tokens, targets = (put_whole(config, x, ROWS) for x in (tokens, targets))
-    losses = from_all_processes(evaluation_step(config, evaluation_weights(config, params), tokens, targets))[0]
-    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids[1:]]
-    return [(piece, float(loss) / math.log(2)) for piece, loss in zip(pieces, losses, strict=False)]
-
-
-def surprise_html(found):
-    """What surprise returned as HTML: the redder a token, the more bits; the pointer shows how many.
-
-    A character that is split between tokens is shown by the last of them, with the bits of all.
-    """
-    spans, held, bits = [], b"", 0.0
-    for piece, cost in found:
-        held, bits = held + piece, bits + cost
-        try:
-            text = held.decode()
-        except UnicodeDecodeError:
-            if len(held) < 4:
-                continue
-            text = held.decode(errors="replace")
-        color = f"rgba(220, 50, 30, {min(bits, 16) / 20:.2f})"
-        words = html.escape(text).replace("\n", "↵<br>")
-        spans.append(f'<span title="{bits:.1f} bits" style="background: {color}">{words}</span>')
-        held, bits = b"", 0.0
-    style = "font: 15px/1.7 Georgia, serif; color: #111; background: #fff; padding: 1em; max-width: 50em"
-    return f'<div style="{style}">{"".join(spans)}</div>\n'
-
-
 # %% Decode cellView="form" tags=["shared"]
 # @title Decode
 def decode_token(config, weights, cache, tokens, position):
-    """(logits [B, V] after `tokens` [B] at `position`, the cache with them in it: a pair of [B·K, T, H] a layer)."""
+    """Returns (logits [B, V] after `tokens` [B] at `position`, the KV cache with them: a pair [B·K, T, H] a layer)."""
     T = config.seq_len
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
     x = x0 = embed(config, weights, tokens)
@@ -2649,7 +1615,8 @@ def decode_token(config, weights, cache, tokens, position):
         x = mix_residual(layer, x, x0)
         q, k, v = (split_heads(y, 1, config.head_dim) for y in project_qkv(layer, x))
         q, k = norm_and_rope(q, cos, sin), norm_and_rope(k, cos, sin)
-        k, v = (y.reshape(-1, 1, config.head_dim) for y in (k, v))  # with B and K apart the loop copied the cache: 2.1x
+        # With B and K as two axes the loop copied the cache: 2.1 times the time (CPU, measured).
+        k, v = (y.reshape(-1, 1, config.head_dim) for y in (k, v))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, position, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, position, axis=1)
         new_cache.append((keys, values))
@@ -2666,11 +1633,8 @@ def decode_token(config, weights, cache, tokens, position):
 # %% Sample cellView="form" tags=["shared"]
 # @title Sample
 def pick_token(key, logits, temperature, top_k, top_p):
-    """Samples [B] ids from logits [B, V] over the temperature; the likeliest where that is 0.
-
-    Kept are the top_k likeliest, and of them those before which less than top_p of the probability lies (nucleus
-    sampling, Holtzman et al. 2020).
-    """
+    """Draws ids [B] from logits [B, V] over the temperature: of the top_k likeliest, those before which less than top_p
+    of the probability lies. Temperature 0 takes the likeliest."""
 
     def draw():
         scaled = logits / temperature
@@ -2686,7 +1650,7 @@ def pick_token(key, logits, temperature, top_k, top_p):
 @jax.jit
 def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, top_k, top_p):
     """Continues prompts of `lengths` [B] in tokens [B, T], each to position `end` [B] or its first `stop` token."""
-    weights = whole_weights(config, cast_weights(config, params))
+    weights = gather_weights(config, cast_weights(config, params))
     shape = (tokens.shape[0] * config.kv_heads, config.seq_len, config.head_dim)
     cache = [(jnp.zeros(shape, config.compute_dtype),) * 2 for _ in range(config.depth)]
 
@@ -2707,38 +1671,14 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
     return constrain(config, jax.lax.while_loop(unfinished, step, start)[1])
 
 
-def generate_tokens(config, params, prompts, stop, *, max_new_tokens, temperature, top_k, top_p, seed):
-    """The new tokens of each prompt, lists of ids: up to `stop` (left out) or max_new_tokens. See generate."""
-    T, key, new = config.seq_len, jax.random.key(seed), [[] for _ in prompts]
-    left = [max_new_tokens] * len(prompts)
-    for window in itertools.count():
-        tokens, spans = np.full((len(prompts), T), stop, np.int32), []
-        for row, prompt, more, count in zip(tokens, prompts, new, left, strict=True):
-            ids = [stop, *prompt, *more]
-            ids = ids if len(ids) < T else [stop, *ids[-(T // 2) :]]
-            row[: len(ids)] = ids
-            spans.append((len(ids), min(len(ids) + count, T)))
-        lengths, ends = np.array(spans, np.int32).T
-        out = sample_tokens(
-            config, params, tokens, lengths, ends, stop, jax.random.fold_in(key, window), np.float32(temperature),
-            np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
-        )  # fmt: skip
-        for i, (row, (start, end)) in enumerate(zip(np.asarray(out), spans, strict=True)):
-            ids = list(itertools.takewhile(lambda token: token != stop, row[start:end].tolist()))
-            new[i] += ids
-            left[i] = left[i] - len(ids) if len(ids) == end - start else 0
-        if not any(left):
-            return new
-
-
+# %% Generate cellView="form" tags=["shared"]
+# @title Generate
 def generate(
     config, params, tokenizer, prompt, *, max_new_tokens=128, temperature=0.8, top_k=50, top_p=1.0, seed=0, speed=False
 ):
-    """The prompt and its continuation, up to BOS or max_new_tokens. A list of prompts is continued as one batch.
+    """Returns the prompt and its continuation, up to BOS or max_new_tokens. A list of prompts runs as one batch.
 
-    temperature 0 is greedy. A context holds T tokens. When it is full, generation goes on in a new one that begins with
-    BOS and the last T/2 tokens, and what came before is forgotten; of a prompt that fills it, the same part is read.
-    `speed` prints the new tokens per second.
+    BOS, the prompt and the new tokens must fit the T tokens of the context, else InputError. `speed` prints tokens/s.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require(prompts, "prompt", prompt, "must be a text, or a list of at least one")
@@ -2746,387 +1686,795 @@ def generate(
     require(temperature >= 0, "temperature", temperature, "must not be negative")
     require(top_k > 0, "top_k", top_k, "must be positive")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
-    started = time.perf_counter()
-    new = generate_tokens(
-        config, params, [tokenizer.encode_ordinary(text) for text in prompts],
-        tokenizer.encode_single_token("<|bos|>"), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed,
+    started, stop = time.perf_counter(), tokenizer.encode_single_token("<|bos|>")
+    ids = [[stop, *tokenizer.encode_ordinary(text)] for text in prompts]
+    longest, T = max(map(len, ids)), config.seq_len
+    rule = f"must be at most {T - longest}: the prompt takes {longest} of the context's {T} tokens"
+    require(longest + max_new_tokens <= T, "max_new_tokens", max_new_tokens, rule)
+    tokens = np.array([row + [stop] * (T - len(row)) for row in ids], np.int32)
+    lengths = np.array([len(row) for row in ids], np.int32)
+    out = sample_tokens(
+        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop, jax.random.key(seed),
+        np.float32(temperature), np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
     )  # fmt: skip
+    new = [row[n : n + max_new_tokens].tolist() for row, n in zip(np.asarray(out), lengths, strict=True)]
+    new = [list(itertools.takewhile(lambda token: token != stop, row)) for row in new]
     if speed:
-        count, seconds = sum(len(ids) for ids in new), time.perf_counter() - started
+        count, seconds = sum(map(len, new)), time.perf_counter() - started
         print(f"{count:,} new tokens in {seconds:.1f} s: {count / seconds:,.0f} tok/s; the first call compiles")
     texts = [
-        text + tokenizer.decode([token for token in ids if token < tokenizer.n_vocab])
-        for text, ids in zip(prompts, new, strict=True)
+        text + tokenizer.decode([token for token in row if token < tokenizer.n_vocab])
+        for text, row in zip(prompts, new, strict=True)
     ]
     return texts[0] if isinstance(prompt, str) else texts
 
 
-# %% [markdown]
-# ## Checkpoint
-#
-# safetensors and JSON.
+# %% Train cellView="form" tags=["shared"]
+# @title Train
+def due(step, interval):
+    """Whether `step` is a multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
 
 
-# %% Checkpoints cellView="form" tags=["shared"]
-# @title Checkpoints
+def train(config, report=None):
+    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics, a dict.
+
+    `report(step, values)` gets each line of metrics.jsonl; what it raises ends the training. SIGTERM and
+    KeyboardInterrupt end it after the running step, with a checkpoint; `stopped` in the result names the signal.
+    """
+    with Training(config, report) as run:
+        config, state = run.config, run.state
+        for step in range(run.first_step, config.total_steps):
+            run.trace(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                tokens, targets = run.next_batch()
+                state, metrics = train_step(config, state, tokens, targets)
+                if due(step, config.log_interval):
+                    metrics |= state_norms(state)
+            run.log_step(step, metrics, state)
+
+            done, last = step + 1, step + 1 == config.total_steps
+            stop = run.asked_to_stop(done)
+            if last or due(done, config.eval_interval):
+                run.evaluate(state, last)
+            if last or due(done, config.sample_interval):
+                run.sample(state)
+            if last or stop or due(done, config.save_interval):
+                run.save(state, last)
+            if stop and not last:
+                break
+        return run.finish(state)
+
+
+# %% Fused attention: arithmetic cellView="form" tags=["shared"]
+# @title Fused attention: arithmetic
+VMEM_LIMIT = 64 * 2**20  # bytes that a program may use of a chip's 128 MiB
+
+
+def query_tiles(T, size, window):
+    """Returns [(rows, keys)]: slices of at most `size` queries, and of the keys, in tiles of 128, that they see."""
+    size = next(s for s in (size, 256, 128) if T % s == 0)
+    return [(slice(t, t + size), slice(max(0, t - window) // 128 * 128, t + size)) for t in range(0, T, size)]
+
+
+def visible(rows, keys, window, query_axis):
+    """Returns the mask, bool [rows, keys], or [keys, rows] where query_axis is 1: a query at t sees t − window … t."""
+    queries, others = rows.stop - rows.start, keys.stop - keys.start
+    shape = (queries, others) if query_axis == 0 else (others, queries)
+    t = rows.start + jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+    s = keys.start + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+    return (s <= t) & (t - s <= window)
+
+
+def contract(a, b, axis_a, axis_b):
+    """Returns the matmul over an axis of each, float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def rotate(x, cos, sin):
+    """Rotates the pairs (x[i], x[i + H/2]) of x [t, H] by cos = [c, c] and sin = [−s, s]; −sin rotates back."""
+    return x * cos + pltpu.roll(x, x.shape[-1] // 2, 1) * sin
+
+
+def normalize_and_rotate(x, cos, sin):
+    """Returns norm_and_rope of x [t, H], float32, and 1/rms(x) [t, 1]."""
+    x = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    return rotate(x * inverse, cos, sin), inverse
+
+
+def gradient_before(g, rotated, inverse, cos, sin):
+    """Returns the gradient of x from g, that of `rotated`, both of normalize_and_rotate(x)."""
+    return inverse * rotate(g - rotated * jnp.mean(g * rotated, axis=-1, keepdims=True), cos, -sin)
+
+
+def fold_lanes(x):
+    """Sums [t, n·128] to [t, 128]: one sum across lanes is left."""
+    return sum(x[:, i : i + 128] for i in range(0, x.shape[1], 128))
+
+
+def wide_tables(T, H):
+    """Returns rope_tables as `rotate` takes them: [c, c] and [−s, s], float32 [T, H]."""
+    cos, sin = rope_tables(T, H)
+    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+
+
+# %% Fused attention: kernels cellView="form" tags=["shared"]
+# @title Fused attention: kernels
+def forward_kernel(q_ref, k_ref, v_ref, cos_ref, sin_ref, y_ref, lse_ref, keys_ref, *, window, group):
+    """One head of one sequence. q, k, v, y: [T, H]; lse: [1, 1, T]; keys: VMEM for the rotated keys."""
+    T, H = q_ref.shape
+
+    def rotate_keys(rows):
+        keys_ref[rows] = normalize_and_rotate(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+
+    if group > 1:  # the first query head rotates the keys for its group
+        pl.when(pl.program_id(2) == 0)(lambda: rotate_keys(slice(0, T)))
+    for rows, keys in query_tiles(T, 256, window):
+        if group == 1:  # beside the matmuls: as a step of its own it would cost 5 to 11% (estimated)
+            rotate_keys(rows)
+        q = normalize_and_rotate(q_ref[rows], cos_ref[rows], sin_ref[rows])[0] * H**-0.5
+        scores = contract(q.astype(k_ref.dtype), keys_ref[keys], 1, 1)
+        p = jnp.where(visible(rows, keys, window, 0), jnp.exp(scores), 0)
+        y, sums = contract(p.astype(v_ref.dtype), v_ref[keys], 1, 0), fold_lanes(p)
+        y_ref[rows] = (y / jnp.sum(sums, axis=1, keepdims=True)).astype(y_ref.dtype)
+        lse_ref[0, :, rows] = jnp.log(jnp.sum(sums.T, axis=0, keepdims=True))
+
+
+def backward_kernel(
+    q_ref, k_ref, v_ref, y_ref, g_ref, lse_ref, cos_ref, sin_ref, dq_ref, dk_ref, dv_ref, keys_ref, dk_sum, dv_sum,
+    *, window, group,
+):  # fmt: skip
+    """The gradients dq, dk, dv [T, H] of the forward kernel's inputs from g, that of y. `…_sum`: float32 VMEM."""
+    T, H = q_ref.shape
+    tiles = query_tiles(T, 512, window)
+
+    def rotate_keys(rows):
+        keys_ref[rows] = normalize_and_rotate(k_ref[rows], cos_ref[rows], sin_ref[rows])[0].astype(k_ref.dtype)
+        dk_sum[rows] = dv_sum[rows] = jnp.zeros((rows.stop - rows.start, H), jnp.float32)
+
+    def finish_keys():
+        for rows, _ in tiles:
+            rotated = normalize_and_rotate(k_ref[rows], cos_ref[rows], sin_ref[rows])
+            dk_ref[rows] = gradient_before(dk_sum[rows], *rotated, cos_ref[rows], sin_ref[rows]).astype(dk_ref.dtype)
+            dv_ref[rows] = dv_sum[rows].astype(dv_ref.dtype)
+
+    if group > 1:
+        pl.when(pl.program_id(2) == 0)(lambda: rotate_keys(slice(0, T)))
+    for rows, keys in tiles:
+        if group == 1:
+            rotate_keys(rows)
+        cos, sin, g, k = cos_ref[rows], sin_ref[rows], g_ref[rows], keys_ref[keys]
+        rotated, inverse = normalize_and_rotate(q_ref[rows], cos, sin)
+        q = (rotated * H**-0.5).astype(k.dtype)
+        p = jnp.where(visible(rows, keys, window, 1), jnp.exp(contract(k, q, 1, 1) - lse_ref[0, :, rows]), 0)
+        dv_sum[keys] += contract(p.astype(g.dtype), g, 1, 0)
+        gy = fold_lanes(g.astype(jnp.float32) * y_ref[rows].astype(jnp.float32))
+        ds = p * (contract(v_ref[keys], g, 1, 1) - jnp.sum(gy.T, axis=0, keepdims=True))
+        ds = ds.astype(k.dtype)
+        dk_sum[keys] += contract(ds, q, 1, 0)
+        dq_ref[rows] = gradient_before(contract(ds, k, 0, 0) * H**-0.5, rotated, inverse, cos, sin).astype(dq_ref.dtype)
+    if group > 1:
+        pl.when(pl.program_id(2) == group - 1)(finish_keys)
+    else:
+        finish_keys()
+
+
+def fused_call(kernel, inputs, outputs, tables, window, scratch):
+    """Calls a kernel for each (sequence, key/value head, query head of its group). Arrays are [B·T, N·H or K·H], and
+    [B·N, 1, T]; tables [T, H]; `scratch`: the dtypes of [T, H] in VMEM."""
+    (T, H), N = tables[0].shape, inputs[0].shape[1] // tables[0].shape[1]
+    B, K = inputs[0].shape[0] // T, inputs[1].shape[1] // H
+    group = N // K
+
+    def spec(x):
+        if x.ndim == 3:
+            return pl.BlockSpec((1, 1, T), lambda b, k, i: (b * N + k * group + i, 0, 0))
+        if x.shape[1] == N * H:
+            return pl.BlockSpec((T, H), lambda b, k, i: (b, k * group + i))
+        return pl.BlockSpec((T, H), lambda b, k, i: (b, k))
+
+    table = pl.BlockSpec((T, H), lambda b, k, i: (0, 0))
+    call = pl.pallas_call(
+        functools.partial(kernel, window=window, group=group), grid=(B, K, group),
+        in_specs=[*map(spec, inputs), table, table], out_specs=[*map(spec, outputs)], out_shape=outputs,
+        scratch_shapes=[pltpu.VMEM((T, H), dtype) for dtype in scratch], name=f"attention_{kernel.__name__}",
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT),
+    )  # fmt: skip
+    with jax.named_scope(f"attention_{kernel.__name__}"):  # an old jax names the kernel by its scope, not by `name`
+        return call(*inputs, *tables)
+
+
+# %% Fused attention cellView="form" tags=["shared"]
+# @title Fused attention
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def fused_attention(q, k, v, T, H, window):
+    """QK-norm, RoPE and causal attention: q [B·T, N·H], k and v [B·T, K·H] → [B·T, N·H]."""
+    return fused_forward(q, k, v, T, H, window)[0]
+
+
+def fused_forward(q, k, v, T, H, window):
+    """Returns (y, what the backward pass needs)."""
+    lse = jax.ShapeDtypeStruct((q.size // (T * H), 1, T), jnp.float32)
+    outputs = fused_call(forward_kernel, (q, k, v), (jax.typeof(q), lse), wide_tables(T, H), window, [k.dtype])
+    y, lse = (checkpoint_name(x, "attention") for x in outputs)  # for a remat policy to keep
+    return y, (q, k, v, y, lse)
+
+
+def fused_backward(T, H, window, saved, g):
+    """Returns the gradients of q, k and v from g, that of y."""
+    q, k, v, y, lse = saved
+    outputs, scratch = (jax.typeof(q), jax.typeof(k), jax.typeof(v)), [k.dtype, jnp.float32, jnp.float32]
+    return tuple(fused_call(backward_kernel, (q, k, v, y, g, lse), outputs, wide_tables(T, H), window, scratch))
+
+
+fused_attention.defvjp(fused_forward, fused_backward)
+
+
+# %% Tokenizer format cellView="form" tags=["shared"]
+# @title Tokenizer format
+# GPT-4's split pattern, but with at most two digits a token: a small vocabulary has no room for 1,000 numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+)  # fmt: skip
+
+
+def make_tokenizer(ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
+    """Returns a tiktoken.Encoding of `ranks` (bytes → rank, 0 … n-1); the special tokens take the ids from n on."""
+    special = {token: len(ranks) + i for i, token in enumerate(special_tokens)}
+    return tiktoken.Encoding("tpuchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes tokenizer.tiktoken and then, atomically, tokenizer.json: a folder without the second has no tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = sorted((rank, token) for token, rank in tokenizer._mergeable_ranks.items())
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks]
+    (folder / "tokenizer.tiktoken").write_text("".join(lines), encoding="utf-8")
+    special = sorted(tokenizer._special_tokens, key=tokenizer._special_tokens.get)
+    meta = {"pattern": tokenizer._pat_str, "special_tokens": special}
+    (folder / "tokenizer.json.part").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
+
+
+def load_tokenizer(folder):
+    """Returns the tokenizer that save_tokenizer wrote. Raises InputError if a file is missing or damaged."""
+    try:
+        meta = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        lines = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8").splitlines()
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
+        if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("the ranks must be 0 … n-1, one a token, with all 256 single bytes among them")
+        if "<|bos|>" not in meta["special_tokens"]:
+            raise ValueError("<|bos|> must be among the special tokens")
+        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
+    except Exception as error:
+        raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
+
+
+def token_bytes(tokenizer):
+    """Returns the UTF-8 bytes that each token id stands for, int32 [n_vocab]; special tokens stand for none."""
+    lengths = np.zeros(tokenizer.n_vocab, np.int32)
+    for token, rank in tokenizer._mergeable_ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
+# %% Train a tokenizer cellView="form" tags=["shared"]
+# @title Train a tokenizer
+def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000):
+    """Returns a byte-level BPE of `vocab_size` tokens, special ones included, trained on at most `max_chars`.
+
+    Only the first `doc_chars` characters of a document count, so that a long one does not outweigh a hundred others.
+    Raises InputError if there is too little text.
+    """
+    import rustbpe
+
+    merges, least = vocab_size - len(SPECIAL_TOKENS), 256 + len(SPECIAL_TOKENS)
+    require(vocab_size >= least, "vocab_size", vocab_size, f"must be at least {least}: bytes and specials")
+
+    def stream():
+        left = max_chars
+        for text in texts:
+            text = text[: min(doc_chars, left)]
+            left -= len(text)
+            yield text
+            if left == 0:
+                break
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    hint = f"this text yields only {len(ranks)} tokens; give more text or ask for fewer"
+    require(len(ranks) >= merges, "vocab_size", vocab_size, hint)
+    return make_tokenizer(ranks)
+
+
+def tokenizer_folder(config, first_shard):
+    """Returns the folder, on this machine, of the tokenizer that 01_tokenizer.py trains for config.dataset."""
+    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
+    return cache_dir() / "tokenizers" / f"{source.strip('/').replace('/', '--')}-{config.vocab_size}"
+
+
+# %% Find the tokenizer cellView="form" tags=["shared"]
+# @title Find the tokenizer
+def find_tokenizer(config, first_shard):
+    """Returns the tokenizer of config.dataset: a local one (beside the shards, or from 01_tokenizer.py), else that of
+    the Hub repo config.hf_repo_id, else one trained on `first_shard`, and kept.
+
+    Raises InputError if it has more tokens than the model has rows for.
+    """
+    folders = [first_shard.parent / "tokenizer", tokenizer_folder(config, first_shard)]
+    # The name of the last has the shard's size: another shard, another tokenizer.
+    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{first_shard.stat().st_size}")
+    folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
+    if not folder and config.hf_repo_id:
+        with contextlib.suppress(MissingFileError):
+            hub_download(config.hf_repo_id, "tokenizer/tokenizer.tiktoken", repo_type="model")
+            folder = hub_download(config.hf_repo_id, "tokenizer/tokenizer.json", repo_type="model").parent
+    if not folder and not (trained / "tokenizer.json").exists():
+        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}", flush=True)
+        tokenizer = train_tokenizer((text for _, text in read_documents(first_shard)), config.vocab_size)
+        try:
+            save_tokenizer(tokenizer, trained)
+        except OSError as error:
+            raise InputError(f"cannot keep the tokenizer in {trained}: {error}; set HOME to another folder") from error
+    tokenizer = load_tokenizer(folder or trained)
+    rule = f"the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; set vocab_size to at least that"
+    require(tokenizer.n_vocab <= config.vocab_size, "vocab_size", config.vocab_size, rule)
+    return tokenizer
+
+
+# %% Hub cellView="form" tags=["shared"]
+# @title Hub
+HUB_SHARDS = {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}  # the last validates
+
+
+class MissingFileError(InputError):
+    """A repository of the Hub exists, and has no such file."""
+
+
+def hub_token():
+    """Returns HF_TOKEN or None. Raises InputError on whitespace: the HTTP library would print the token."""
+    token = get_secret("HF_TOKEN")
+    if token and not re.fullmatch("[!-~]+", token):
+        raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
+    return token
+
+
+def ask_hub(what, call):
+    """Returns call(), tried again after a failure that may pass: no connection, or a server error.
+
+    Raises InputError with the first line of huggingface_hub's own error and one hint; MissingFileError on a 404.
+    """
+    from huggingface_hub import errors
+
+    for pause in (1, 2, 4, 8, 0):  # seconds before the next attempt
+        try:
+            return call()
+        except Exception as error:  # huggingface_hub raises its own, those of its HTTP library, and OSError
+            if isinstance(error, InputError):
+                raise
+            cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+            status, disk = getattr(getattr(cause, "response", None), "status_code", 0), getattr(cause, "errno", None)
+            refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
+            if pause and not refused and not disk:
+                time.sleep(pause)
+                continue
+            missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
+            hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
+            hint = "check the name; a private or gated repo needs HF_TOKEN" if refused else hint
+            words = f"cannot get {what} from the Hugging Face Hub: {first_line(cause)}; {hint}"
+            raise (MissingFileError if missing else InputError)(words) from error
+
+
+def is_intact(path):
+    """Whether a file of huggingface_hub's cache has the SHA-256 that names it; small files have none, and count."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return len(digest) != 64 or file_sha256(path) == digest
+
+
+def file_sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hub_download(repo_id, filename, repo_type="dataset"):
+    """Returns the local path of a file of the Hub, downloaded if it is absent, and fetched anew if it is damaged."""
+    from huggingface_hub import hf_hub_download
+
+    def download():
+        path = Path(hf_hub_download(repo_id, filename, repo_type=repo_type, token=hub_token()))
+        if not is_intact(path):
+            path.resolve().unlink()
+            path.unlink()
+            raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
+        return path
+
+    return ask_hub(f"{filename} of {repo_id}", download)
+
+
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
+def on_hub(dataset):
+    """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
+
+
+def embedded_folder():
+    """Returns data/embedded of the repository: beside this file, else fetched from GitHub (a notebook in Colab)."""
+    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
+    if here.exists():
+        return here
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(5)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                urllib.request.urlretrieve(url, folder / f"{name}.part")
+            except OSError as error:
+                raise InputError(f"cannot get the embedded corpus from {url}: {error}; clone the repository") from error
+            os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def hub_shards(dataset):
+    """Returns (repo, names of its parquet files) of a Hub dataset: 'owner/name', or 'owner/name/folder'."""
+    if dataset in HUB_SHARDS:
+        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+    rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
+    from huggingface_hub import HfApi
+
+    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
+    api = HfApi(token=hub_token())
+    names = ask_hub(f"the list of shards of {repo_id}", lambda: api.list_repo_files(repo_id, repo_type="dataset"))
+    return repo_id, sorted(name for name in names if name.startswith(folder) and name.endswith(".parquet"))
+
+
+def hub_shard(repo_id, filename):
+    """Returns the checked local path of a shard. One that is in the cache and intact costs no request."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
+    here = isinstance(cached, str) and is_intact(Path(cached))
+    return check_shard(Path(cached) if here else hub_download(repo_id, filename))
+
+
+def list_shards(config):
+    """Returns ([a function that returns the path of a training shard, …], the same for the last shard, validation)."""
+    if on_hub(config.dataset):
+        repo_id, names = hub_shards(config.dataset)
+        shards = [functools.partial(hub_shard, repo_id, name) for name in names]
+    else:
+        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
+        shards = [functools.partial(check_shard, path) for path in sorted(folder.glob("*.parquet"))]
+    rule = f"has {len(shards)} parquet shards; it takes at least two, the last one for validation"
+    require(len(shards) >= 2, "dataset", config.dataset, rule)
+    return shards[:-1][: None if config.num_shards == -1 else config.num_shards], shards[-1]
+
+
+# %% Read documents cellView="form" tags=["shared"]
+# @title Read documents
+DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+
+
+def check_shard(path):
+    """Returns `path`. Raises InputError unless it is a parquet file with rows and a `text` column; reads its footer."""
+    try:
+        shard = pq.ParquetFile(path)
+    except DAMAGED_PARQUET as error:
+        words = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a whole parquet file ({words}); delete it and get it again") from error
+    columns = dict(zip(shard.schema_arrow.names, shard.schema_arrow.types, strict=True))
+    kind = columns.get("text", pa.null())
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or shard.metadata.num_rows == 0:
+        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        rule = f"must have rows and a `text` column of strings; has {shard.metadata.num_rows} rows of {found}"
+        raise InputError(f"{path}: {rule}")
+    return path
+
+
+def read_documents(path, start=0):
+    """Yields (row, text) from row `start` on, with one row group in memory. Raises InputError for an empty text."""
+    shard, row = pq.ParquetFile(path), 0
+    for group in range(shard.num_row_groups):
+        rows = shard.metadata.row_group(group).num_rows
+        if row + rows > start:
+            try:
+                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
+            except DAMAGED_PARQUET as error:
+                words = str(error).splitlines()[0]
+                raise InputError(f"{path}: row group {group} is damaged ({words}); delete it, get it again") from error
+            for i in range(max(0, start - row), rows):
+                if i >= len(texts) or not texts[i]:
+                    raise InputError(f"{path}: the text of row {row + i} is missing, null or empty; drop such rows")
+                yield row + i, texts[i]
+        row += rows
+
+
+# %% Several hosts cellView="form" tags=["shared"]
+# @title Several hosts
+def join_hosts():
+    """Joins the processes of all hosts where TPUCHAT_HOSTS=many asks for it, before jax looks for devices."""
+    if os.environ.get("TPUCHAT_HOSTS") != "many":
+        return
+    names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {name: int(os.environ[variable]) for name, variable in names.items() if variable in os.environ}
+    if jax.__version_info__ >= (0, 8, 1):  # the others wait for the last upload of the first; before, five minutes
+        given["shutdown_timeout_seconds"] = 24 * 3600
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=30)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"several hosts: they did not find each other ({first_line(error)})") from error
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")
+    sys.excepthook = leave_at_once
+
+
+def leave_at_once(*exception):
+    """Prints a traceback and exits at once: the other hosts are blocked in a collective and will not come."""
+    sys.__excepthook__(*exception)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def is_first():
+    """Whether this is the process that logs, writes and uploads."""
+    return jax.process_index() == 0
+
+
+def all_gather(tree):
+    """Returns numpy arrays, gathered from all processes; process-local ones are concatenated on axis 0. Collective."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def put_local(config, tree, *spec):
+    """Returns jax.Arrays sharded by `spec`, from the part of each that this process has."""
+    if config.devices == 1:
+        return jax.device_put(tree)
+    place = sharding(config, *spec, mesh=device_mesh(config))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+
+def check_alike(*values):
+    """Raises InputError on all processes if `values` differ between them: a difference would be a wrong sum later."""
+    digest = np.frombuffer(hashlib.sha256(repr(values).encode()).digest(), np.int32)[None]
+    digests = all_gather(digest)
+    if (digests != digests[0]).any():
+        raise InputError("several hosts: Config or tokenizer differ; start all hosts alike")
+
+
+# %% Save a checkpoint cellView="form" tags=["shared"]
+# @title Save a checkpoint
+LOGS = "metrics.jsonl", "samples.txt"  # a checkpoint has them as they were: a resumed run writes on from there
+
+
 def named_arrays(state):
-    """{'params.layers.0.q': array, …} of a TrainState, without the schedule's scalars: they come from the Config."""
+    """Returns {'params.layers.0.q': array, …} of a TrainState, without the schedule: it comes from the Config."""
     leaves = jax.tree_util.tree_leaves_with_path(state._replace(hyper={}))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def host_parts(config, state):
-    """{file name: {array name: (start of the part along each axis, part)}}: what this process writes of the state, as
-    numpy's own: the next step may take the device's bytes. There is a file for each part that fsdp makes of it."""
-    shards = [
-        (name, x.shape, shard)
-        for name, x in named_arrays(state).items()
-        for shard in x.addressable_shards
-        if shard.replica_id == 0  # of equal parts on several devices, one is written
-    ]
-    n, files = config.mesh_shape[1], collections.defaultdict(dict)
-    for (name, shape, shard), part in zip(shards, jax.device_get([shard.data for *_, shard in shards]), strict=True):
-        start = [index.start or 0 for index in shard.index]
-        i = max((n * first // size for first, size in zip(start, shape, strict=True)), default=0)
-        file = "state.safetensors" if n == 1 else f"state-{i:05d}-of-{n:05d}.safetensors"
-        files[file][name] = start, np.array(part, order="C")
-    return files
-
-
-def file_facts(path):
-    """{'bytes', 'sha256'} of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def file_size(path):
-    return {"bytes": path.stat().st_size}
-
-
-def flush_to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-PART_SECONDS = 600  # that a process waits for the others' parts of a checkpoint
+def host_copy(run_dir, state):
+    """Returns (named numpy arrays, bytes of the logs): the next step may reuse the devices' memory, and log more."""
+    arrays = named_arrays(state)
+    for x in arrays.values():
+        x.copy_to_host_async()
+    arrays = {name: np.array(all_gather(x)) for name, x in arrays.items()}  # one by one: the largest bounds the memory
+    return arrays, {name: (run_dir / name).read_bytes() for name in LOGS if (run_dir / name).exists()}
 
 
 def save_checkpoint(run_dir, config, state, **meta):
     """Writes run_dir/checkpoints/step_N, atomically, and drops the old ones. Returns its path.
 
-    `meta`: whatever else a resumed run needs, as JSON: the loader's position. Where `val_loss` is in it, the checkpoint
-    with the lowest is kept. InputError if it cannot be written; the checkpoints before it are untouched.
+    `meta`: what else a resumed run needs, as JSON: the loader's position. The checkpoint with the lowest `val_loss` is
+    kept. Raises InputError if it cannot be written; the checkpoints before it are untouched.
     """
-    return write_checkpoint(run_dir, config, int(state.step), host_parts(config, state), meta)
+    return write_checkpoint(Path(run_dir), config, *host_copy(Path(run_dir), state), meta)
 
 
-def write_parts(folder, files):
-    """Writes files of host_parts, several at a time. Returns {file name: its facts}."""
+def write_checkpoint(run_dir, config, arrays, logs, meta):
+    """save_checkpoint of a host_copy."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    def write(name):
-        parts = files[name]
-        arrays = {array: part for array, (_, part) in parts.items()}
-        starts = {"start": json.dumps({array: start for array, (start, _) in parts.items()})} if "-of-" in name else {}
-        save_file(arrays, folder / name, *filter(None, [starts]))
-        flush_to_disk(folder / name)
-        return file_facts(folder / name)
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(write, files), strict=True))
-
-
-def all_parts(folder, files):
-    """{file name: facts} of what all processes have written to `folder`, on the first one; the others tell it what they
-    have, and wait until it has finished the checkpoint. Seen in the file system: the devices are busy."""
-    started, found = time.monotonic(), dict(files)
-    reports = [folder / f".part-{i}" for i in range(1, jax.process_count())]
-
-    def wait(done, what):
-        while not done():
-            if time.monotonic() - started > PART_SECONDS:
-                raise OSError(f"{what} for {PART_SECONDS} s; is run_dir on storage that all hosts share?")
-            time.sleep(0.05)
-
-    if not is_first():
-        report = reports[jax.process_index() - 1]
-        report.with_suffix(".tmp").write_text(json.dumps(files))
-        os.replace(report.with_suffix(".tmp"), report)
-        wait(lambda: not folder.exists(), "the first process has not finished it")
-    else:
-        for i, report in enumerate(reports, 1):
-            wait(report.exists, f"process {i} has not written its part")
-            found |= json.loads(report.read_text())
-            report.unlink()
-    return found
-
-
-def write_checkpoint(run_dir, config, step, files, meta):
-    """save_checkpoint of parts that are on the host already."""
-    from safetensors import SafetensorError
-
-    final = Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+    step = int(arrays["step"])
+    final = run_dir / "checkpoints" / f"step_{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
     try:
-        if jax.process_count() == 1:
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
-        files = all_parts(temporary, write_parts(temporary, files))
-        if not is_first():
-            return final
-        if (Path(run_dir) / "metrics.jsonl").exists():
-            shutil.copyfile(Path(run_dir) / "metrics.jsonl", temporary / "metrics.jsonl")
-            files["metrics.jsonl"] = file_facts(temporary / "metrics.jsonl")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(arrays, temporary / "state.safetensors")
+        for name, content in logs.items():
+            (temporary / name).write_bytes(content)
         meta = {
             "step": step, "config": dataclasses.asdict(config), "tokens_per_step": config.tokens_per_step, **meta,
-            "files": files,
+            "files": {path.name: file_sha256(path) for path in temporary.iterdir()},
         }  # fmt: skip
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        for path in [temporary / "meta.json", temporary]:
-            flush_to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        flush_to_disk(final.parent)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        rename_flushed(temporary, final)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
-    finally:
-        if is_first():
-            shutil.rmtree(temporary, ignore_errors=True)  # gone by now, unless something failed
-    drop_old_checkpoints(final.parent, config.keep_checkpoints)
+    drop_old_checkpoints(run_dir, config.keep_checkpoints)
     return final
 
 
+def rename_flushed(folder, target):
+    """Flushes a folder to disk and gives it its name: `target` is complete or absent, also after a power cut."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(folder, target)
+
+
 def list_checkpoints(run_dir):
-    """The checkpoints of a run folder, oldest first."""
+    """Returns the checkpoints of a run folder, oldest first."""
     return sorted(path for path in Path(run_dir).glob("checkpoints/step_*") if path.name[5:].isdigit())
 
 
-def drop_old_checkpoints(folder, keep):
-    """Leaves the newest `keep`, and the one with the lowest val_loss; and nothing that a killed process left behind."""
-    found, losses = list_checkpoints(folder.parent), {}
-    for path in found:
+def drop_old_checkpoints(run_dir, keep):
+    """Leaves the newest `keep` checkpoints and the one with the lowest val_loss."""
+    checkpoints, losses = list_checkpoints(run_dir), {}
+    for path in checkpoints:
         with contextlib.suppress(OSError, ValueError):
-            losses[path] = json.loads((path / "meta.json").read_text()).get("val_loss")
+            losses[path] = json.loads((path / "meta.json").read_text(encoding="utf-8")).get("val_loss")
     best = min((path for path in losses if losses[path]), key=losses.get, default=None)
-    old = [(path, path.with_name(f".{path.name}.tmp")) for path in found[:-keep] if path != best]
-    for path, hidden in old:
-        os.replace(path, hidden)  # or a kill now would leave a part of it
-    # Another process may be writing the next one already.
-    for rest in folder.glob(".*.tmp") if jax.process_count() == 1 else [hidden for _, hidden in old]:
-        shutil.rmtree(rest, ignore_errors=True)
+    for path in checkpoints[:-keep]:
+        if path != best:
+            hidden = path.with_name(f".{path.name}.tmp")  # a kill while files are removed would leave some
+            os.replace(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 # %% Load a checkpoint cellView="form" tags=["shared"]
 # @title Load a checkpoint
-# How the step runs, not what it computes: a checkpoint may be loaded with other values of these compiled fields.
-RUNTIME_FIELDS = (
-    "attn_impl", "splash_block_size", "compute_dtype", "mesh", "device_batch_size", "total_batch_size", "grad_clip",
-    "nonfinite",
-)  # fmt: skip
-
-
-def differences(saved, config, ignore):
-    """'n_head 4 → 8, …': the fields, but those to ignore, in which a saved Config, a dict, differs from config."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    changed = [name for name in values if name not in ignore and saved.get(name) != values[name]]
-    return ", ".join(f"{name} {saved.get(name)!r} → {values[name]!r}" for name in changed)
-
-
-META_TYPES = {
-    "step": int, "config": dict, "files": dict, "tokens_per_step": int, "loader": dict, "finished": bool,
-    "best": (dict, type(None)), "wandb": (str, type(None)),
-}  # fmt: skip
-
-
-STATE_FILE = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors")
-
-
-def is_checkpoint_file(name):
-    return name == "metrics.jsonl" or bool(STATE_FILE.fullmatch(name))
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def differences(saved, config, fixed):
+    """Returns 'n_head 4 → 8, …': the fields for which `fixed(field)`, and in which a saved Config, a dict, differs."""
+    pairs = [(f.name, saved.get(f.name), getattr(config, f.name)) for f in dataclasses.fields(config) if fixed(f)]
+    return ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in pairs if old != new)
 
 
 def read_meta(path):
-    """meta.json of a checkpoint whose files are what it says they are, else ValueError or OSError."""
-    meta = json.loads((path / "meta.json").read_text())
-    if not isinstance(meta, dict) or not {"step", "config", "files"} <= set(meta):
-        raise ValueError("meta.json is not that of a checkpoint")
-    for name in META_TYPES.keys() & meta.keys():
-        if not isinstance(meta[name], META_TYPES[name]):
-            raise ValueError(f"meta.json says {name} {meta[name]!r}")
-    if meta["step"] != int(path.name.removeprefix("step_")):
-        raise ValueError(f"meta.json says step {meta['step']}")
-    if meta.get("best") and not all(is_number(meta["best"].get(name)) for name in ("step", "val_loss", "val_bpb")):
-        raise ValueError(f"meta.json says best {meta['best']!r}")
-    if meta.get("wandb") and not re.fullmatch(r"[\w-]{1,64}", meta["wandb"]):
-        raise ValueError(f"meta.json says wandb {meta['wandb']!r}")
-    if not any(map(STATE_FILE.fullmatch, meta["files"])) or not all(map(is_checkpoint_file, meta["files"])):
-        raise ValueError(f"meta.json names the files {sorted(meta['files'])}, which are not those of a checkpoint")
-    facts_of = file_facts if is_first() else file_size  # one process reads all, the others what they need
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found_facts = pool.map(lambda name: facts_of(path / name), meta["files"])
-    for (name, facts), found in zip(meta["files"].items(), found_facts, strict=True):
-        if found != {what: facts.get(what) for what in found}:
-            what = "bytes" if found["bytes"] != facts.get("bytes") else "sha256"
-            raise ValueError(f"{name} is damaged: its {what} is {found[what]}, not {facts.get(what)}")
-    return meta
+    """Returns meta.json of a checkpoint. Raises ValueError unless its files are those that were written."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        if meta["step"] != int(path.name.removeprefix("step_")) or "state.safetensors" not in meta["files"]:
+            raise ValueError("meta.json is not that of this checkpoint")
+        for name, digest in meta["files"].items():
+            if Path(name).name != name or file_sha256(path / name) != digest:
+                raise ValueError(f"{name} is damaged: its SHA-256 is not the one in meta.json")
+        return meta
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def newest_checkpoint(run_dir):
-    """(path, meta) of the newest whole checkpoint of a run folder, or None; says which damaged ones it passes over."""
+    """Returns (path, meta) of the newest undamaged checkpoint of a run folder, or None. Prints which ones it skips."""
     for path in reversed(list_checkpoints(run_dir)):
         try:
             return path, read_meta(path)
-        except (OSError, ValueError, AttributeError) as error:
-            print(f"checkpoint {path} is not whole and is passed over: {error}", flush=True)
+        except ValueError as error:
+            print(f"skipping damaged checkpoint {path}: {error}", flush=True)
     return None
 
 
-def part_index(path, names):
-    """{array name: [(start, shape, slice of a safetensors file)]} of the state files of a checkpoint."""
-    from safetensors import safe_open
-
-    found = collections.defaultdict(list)
-    for name in names:
-        file = safe_open(path / name, "numpy")
-        starts = json.loads((file.metadata() or {}).get("start", "{}"))
-        for array in file.keys():
-            part = file.get_slice(array)
-            found[array].append((starts.get(array) or [0] * len(part.get_shape()), part.get_shape(), part))
-    return found
-
-
-def check_parts(parts, wanted):
-    """ValueError unless the parts are the whole arrays, named as in `wanted`, each once."""
-    if set(parts) != set(wanted):
-        raise ValueError("its arrays are not those of its Config")
-    for name, x in wanted.items():
-        ranges, size = set(), 0
-        for start, shape, part in parts[name]:
-            fits = len(start) == len(shape) == x.ndim and all(
-                0 <= first and first + length <= whole
-                for first, length, whole in zip(start, shape, x.shape, strict=True)
-            )
-            if not fits or part.get_dtype() != {"float32": "F32", "int32": "I32"}[x.dtype.name]:
-                raise ValueError("its arrays are not those of its Config")
-            ranges.add(tuple(start))
-            size += math.prod(shape)
-        if size != x.size or len(ranges) < len(parts[name]):
-            raise ValueError(f"{name} is there with {size} of its {x.size} numbers")
-
-
-def read_range(parts, shape, index):
-    """The slice `index` of an array of `shape`, put together from its parts; only what it needs is read."""
-    ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-    out = None
-    for start, sizes, part in parts:
-        both = [range(max(r.start, at), min(r.stop, at + n)) for r, at, n in zip(ranges, start, sizes, strict=True)]
-        if not all(both):
-            continue
-        inside = tuple(slice(b.start - at, b.stop - at) for b, at in zip(both, start, strict=True))
-        values = part[inside or ...]
-        if both == ranges:
-            return values
-        if out is None:
-            out = np.empty([len(r) for r in ranges], values.dtype)
-        out[tuple(slice(b.start - r.start, b.stop - r.start) for b, r in zip(both, ranges, strict=True))] = values
-    return out
-
-
-def load_array(config, x, parts):
-    """An array of the state, of the shape of `x`, on the devices of config's mesh: each reads what it is to hold."""
-    if config.devices == 1:
-        return jnp.asarray(read_range(parts, x.shape, (slice(None),) * x.ndim))
-    place = sharding(config, *weight_spec(config, x.shape), mesh=device_mesh(config))
-    seen = {}
-
-    def read(index):
-        key = str(index)
-        if key not in seen:
-            seen[key] = read_range(parts, x.shape, index)
-        return seen[key]
-
-    return jax.make_array_from_callback(x.shape, place, read)
-
-
 def load_checkpoint(path, config):
-    """(TrainState, meta) from a checkpoint of config's model, on any mesh; how it was trained, and on what, may differ.
+    """Returns (TrainState, meta) of a checkpoint of config's model, on config's mesh.
 
-    InputError that names the fields that differ if it is of another model, or what is wrong with the files.
+    Raises InputError that names the compiled fields that differ, or what is wrong with the files.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    wanted = jax.eval_shape(lambda: init_train_state(config))
-    names = named_arrays(wanted)
-    free_fields = [field.name for field in dataclasses.fields(config) if not field.compare]
+    path, shapes = Path(path), state_shapes(config)
+    mesh = device_mesh(config) if config.devices > 1 else None
+
+    def read(name, shape):
+        if not mesh or not shape:
+            return put(config, file.get_tensor(name))
+        part = file.get_slice(name)  # each device reads its shard
+        place = sharding(config, *weight_spec(config, shape), mesh=mesh)
+        return jax.make_array_from_callback(shape, place, lambda index: part[index])
+
     try:
-        meta = read_meta(path)
-        changed = differences(meta["config"], config, ignore=(*free_fields, *RUNTIME_FIELDS))
+        meta, wanted = read_meta(path), {name: x.shape for name, x in named_arrays(shapes).items()}
+        changed = differences(meta["config"], config, lambda field: field.compare and not field.metadata["resume"])
         if changed:
             raise InputError(f"checkpoint {path} is of another Config: {changed}")
-        parts = part_index(path, filter(STATE_FILE.fullmatch, meta["files"]))
-        check_parts(parts, names)
-        arrays = [load_array(config, x, parts[name]) for name, x in names.items()]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        with safe_open(path / "state.safetensors", "numpy") as file:
+            if {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} != wanted:
+                raise ValueError("its arrays are not those of its Config")
+            arrays = [read(name, shape) for name, shape in wanted.items()]
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"checkpoint {path} cannot be read: {error}; delete it to use the one before it") from error
-    state = jax.tree.unflatten(jax.tree.structure(wanted._replace(hyper={})), arrays)
-    return state._replace(hyper=put_hyper(config, hyperparams(config))), meta
+    state = jax.tree.unflatten(jax.tree.structure(shapes._replace(hyper={})), arrays)
+    return state._replace(hyper=put(config, hyperparams(config))), meta
 
 
-# %% Backup cellView="form" tags=["shared"]
-# @title Backup
-BACKUP_PAUSES = 1, 10, 60  # seconds before a copy is tried again
+# %% Checkpoints in the background cellView="form" tags=["shared"]
+# @title Checkpoints in the background
+class Checkpointer:
+    """Writes checkpoints and copies them to config.backup in the background, one at a time.
 
+    An error of the disk is raised by the next save(), check() or close(). A failed copy is printed.
+    """
 
-def copy_checkpoint(source, target):
-    """Copies the files of a checkpoint to the folder `target`, which is there as a whole or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in ("meta.json", *json.loads((source / "meta.json").read_text())["files"]):
-        shutil.copyfile(source / name, temporary / name)
-        flush_to_disk(temporary / name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(temporary, target)
+    def __init__(self, config, run, say=print):
+        self.config, self.run, self.say, self.newest = config, run, say, None
+        self.writing = self.copying = in_background(lambda: None)
 
+    def save(self, state, **meta):
+        """Waits for the checkpoint before and for the copy of the state to the host, not for the disk."""
+        self.writing.result()
+        arrays, logs = host_copy(self.run, state)
+        if is_first():
+            self.writing = in_background(lambda: self.write(arrays, logs, meta))
 
-def hub_folder(run):
-    """Where the checkpoint of a run lies in the Hub repo: one, always the newest."""
-    return f"checkpoints/{run.name}"
+    def write(self, arrays, logs, meta):
+        if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self.newest = write_checkpoint(self.run, self.config, arrays, logs, meta)
+        if self.config.backup and (self.copying.done() or meta.get("finished")):
+            self.copying.result()
+            self.copying = in_background(lambda path=self.newest: self.copy(path))
+
+    def copy(self, path):
+        try:
+            back_up(self.config, self.run, path)
+        except Exception as error:  # of a file system, an HTTP library or the Hub: it never stops training
+            self.say(f"backup of {path.name} to {self.config.backup} failed: {first_line(error)}; training goes on")
+
+    def check(self):
+        """Raises the error of a checkpoint as soon as it is known."""
+        if self.writing.done():
+            self.writing.result()
+
+    def close(self):
+        """Waits for the checkpoint that is being written, and for its copy."""
+        self.writing.result()
+        self.copying.result()
 
 
 def back_up(config, run, path):
-    """Copies the checkpoint `path` to config.backup, once. Exceptions of the file system or the Hub pass through."""
-    if config.backup != "hub":
-        target = Path(config.backup) / run.name / "checkpoints" / path.name
-        copy_checkpoint(path, target)
-        drop_old_checkpoints(target.parent, config.keep_checkpoints)
-        return
-    from huggingface_hub import HfApi
+    """Copies the checkpoint `path` to config.backup: a folder, or 'hub', where one commit replaces the one before."""
+    if config.backup == "hub":
+        from huggingface_hub import HfApi
 
-    HfApi(token=hub_token()).upload_folder(  # one commit: whoever looks sees a whole checkpoint
-        repo_id=config.hf_repo_id, folder_path=path, path_in_repo=hub_folder(run), commit_message=path.name
-    )
+        where = {"repo_id": config.hf_repo_id, "path_in_repo": f"checkpoints/{run.name}"}
+        ask_hub("a place", lambda: HfApi(token=hub_token()).upload_folder(folder_path=path, **where))
+    else:
+        copy_checkpoint(path, Path(config.backup) / run.name)
+        drop_old_checkpoints(Path(config.backup) / run.name, config.keep_checkpoints)
+
+
+def copy_checkpoint(path, run_dir):
+    """Copies a checkpoint folder to another run folder."""
+    temporary = run_dir / "checkpoints" / f".{path.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(path, temporary)
+    rename_flushed(temporary, run_dir / "checkpoints" / path.name)
 
 
 def open_backup(config):
-    """InputError, before any work is done, if no checkpoint could be copied to config.backup."""
+    """Raises InputError, before any work is done, if no checkpoint could be copied to config.backup."""
     if config.backup == "hub":
         from huggingface_hub import HfApi
 
         require(hub_token(), "backup", "hub", "needs the secret or environment variable HF_TOKEN, with write access")
-        create = functools.partial(HfApi(token=hub_token()).create_repo, private=True, exist_ok=True)
-        ask_hub("the backups", config.hf_repo_id, "model", lambda: create(config.hf_repo_id), attempts=3)
+        create = functools.partial(HfApi(token=hub_token()).create_repo, config.hf_repo_id, private=True, exist_ok=True)
+        ask_hub(f"access to {config.hf_repo_id}", create)
     elif config.backup:
         try:
             Path(config.backup).mkdir(parents=True, exist_ok=True)
@@ -3135,1491 +2483,744 @@ def open_backup(config):
             raise InputError(f"backup={config.backup!r}: cannot write there: {error}") from error
 
 
-def fetch_backup(config, run, folder):
-    """Brings the checkpoint of this run from the Hub into folder/checkpoints, if there is one."""
-    try:
-        meta = hub_download(config.hf_repo_id, f"{hub_folder(run)}/meta.json", "model")
-    except MissingFileError:
-        return
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # without a number no checkpoint is made, nor found
-        facts = json.loads(meta.read_text())
-        copy = Path(folder) / "checkpoints" / f"step_{int(facts['step']):08d}"
-        copy.mkdir(parents=True)
-        shutil.copyfile(meta, copy / "meta.json")
-        for name in filter(is_checkpoint_file, facts["files"]):
-            shutil.copyfile(hub_download(config.hf_repo_id, f"{hub_folder(run)}/{name}", "model"), copy / name)
-
-
 def restore_backup(config, run):
-    """Brings the newest whole checkpoint of this run from config.backup, if it has one, into the empty folder `run`."""
+    """Copies the newest undamaged checkpoint of this run from config.backup, if any, to the empty folder `run`."""
     with tempfile.TemporaryDirectory() as folder:
+        source = Path(config.backup) / run.name
         if config.backup == "hub":
-            fetch_backup(config, run, folder)
-        found = newest_checkpoint(folder if config.backup == "hub" else Path(config.backup) / run.name)
-        if not found:
-            return
-        path, meta = found
-        print(f"going on from the backup of {path.name} in {config.backup}", flush=True)
-        copy_checkpoint(path, run / "checkpoints" / path.name)
-    (run / "config.json").write_text(json.dumps(meta["config"], indent=2) + "\n")
+            from huggingface_hub import snapshot_download
 
+            source, names = Path(folder), f"checkpoints/{run.name}/*"
+            options = {"allow_patterns": names, "local_dir": folder, "token": hub_token()}
+            ask_hub(f"the backup of {run.name}", lambda: snapshot_download(config.hf_repo_id, **options))
+            for meta in source.glob(f"{names[:-1]}meta.json"):  # there it has the name of the run, here of its step
+                step = json.loads(meta.read_text(encoding="utf-8"))["step"]
+                os.replace(meta.parent, source / "checkpoints" / f"step_{step:08d}")
+        if newest := newest_checkpoint(source):
+            path, meta = newest
+            print(f"going on from the backup of {path.name} in {config.backup}", flush=True)
+            copy_checkpoint(path, run)
+            (run / "config.json").write_text(json.dumps(meta["config"], indent=2), encoding="utf-8")
 
-# %% Checkpointer cellView="form" tags=["shared"]
-# @title Checkpointer
-class Checkpointer:
-    """Writes checkpoints beside the training and copies them to config.backup, the newest first.
-
-    save() waits for the copy of the state to host memory, and for the checkpoint before to be written, not for the
-    disk. An error of the disk is raised by the next save(), check() or close(); one of a backup is only said.
-    """
-
-    def __init__(self, config, run, say=print):
-        self.config, self.run, self.say = config, run, say
-        self.writing = self.copying = self.newest = None
-
-    def save(self, state, **meta):
-        if self.writing:
-            self.writing.result()
-        step, files = int(state.step), host_parts(self.config, state)
-        self.writing = in_background(lambda: self._write(step, files, meta))
-
-    def check(self):
-        """Raises what went wrong with a checkpoint, as soon as it is known."""
-        if self.writing and self.writing.done():
-            self.writing.result()
-
-    def _write(self, step, files, meta):
-        if (
-            sys.platform == "linux"
-        ):  # there a thread has a priority of its own: where cores are few, the step comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self.newest = write_checkpoint(self.run, self.config, step, files, meta)
-        if self.config.backup and is_first() and (self.copying is None or self.copying.done()):
-            self.copying = in_background(self._copy)
-
-    def _copy(self):
-        copied = None
-        while copied != self.newest:  # what was written meanwhile
-            for pause in (*BACKUP_PAUSES, None):
-                path = self.newest  # an older one may be gone by the next attempt
-                try:
-                    back_up(self.config, self.run, path)
-                    break
-                except Exception as error:  # of any file system, HTTP library or Hub: a backup never stops training
-                    reason = explain(error, self.config.hf_repo_id, "model")[0]
-                    again = f"again in {pause} s" if pause else "training goes on; the next checkpoint will try again"
-                    self.say(f"backup of {path.name} to {self.config.backup} failed: {reason}; {again}")
-                    if pause:
-                        time.sleep(pause)
-            copied = path
-
-    def close(self):
-        """Waits for what is being written and copied."""
-        if self.writing:
-            self.writing.result()
-        if self.copying:
-            self.copying.result()
-
-
-# %% [markdown]
-# ## Logging
-#
-# The host reads metrics one interval late, so that the device never waits.
 
 # %% Run folder cellView="form" tags=["shared"]
 # @title Run folder
-# These do not change what is learned, but for the last three: a run may go on where the CPU suits another dtype, and
-# grad_clip or nonfinite may save it.
-HOST_FIELDS = (
-    "attn_impl", "splash_block_size", "run_dir", "resume", "hf_repo_id", "log_interval", "eval_interval",
-    "sample_interval", "save_interval", "profile_start", "profile_steps", "eval_tokens", "final_eval_tokens",
-    "keep_checkpoints", "backup", "wandb_mode", "wandb_project", "mesh", "device_batch_size", "total_batch_size",
-    "compute_dtype", "grad_clip", "nonfinite",
-)  # fmt: skip
-
-
-def step_size(meta):
-    """Tokens of an optimizer step in the run of a checkpoint."""
-    saved = meta["config"]
-    given, one_pass = saved["total_batch_size"], saved["device_batch_size"] * saved["seq_len"]
-    return meta.get("tokens_per_step", one_pass if given == -1 else given)  # older checkpoints lack it
-
-
 def keep_step_size(config, meta):
-    """config, with steps of as many tokens as the run that it goes on with has: on other devices as well."""
-    if config.tokens_per_step == step_size(meta):
-        return config
-    require(
-        config.total_batch_size == -1, "total_batch_size", config.total_batch_size,
-        f"the run to go on with has steps of {step_size(meta)} tokens; leave it at -1, or set resume='never'",
-    )  # fmt: skip
-    require(
-        step_size(meta) % config.tokens_per_pass == 0, "device_batch_size", config.device_batch_size,
-        f"the run to go on with has steps of {step_size(meta) // config.seq_len} sequences, which {config.devices} "
-        "devices cannot share in passes of as many; change it, or mesh",
-    )  # fmt: skip
-    return config.replace(total_batch_size=step_size(meta))
+    """Returns config with steps of as many tokens as those of the run that it resumes, also on other devices."""
+    saved, given = meta["tokens_per_step"], config.total_batch_size
+    rule = f"the run to go on with has steps of {saved} tokens; leave it at -1, or set resume='never'"
+    require(given in (-1, saved), "total_batch_size", given, rule)
+    return config if config.tokens_per_step == saved else config.replace(total_batch_size=saved)
 
 
 def open_run(config):
-    """(run folder, checkpoint to resume from or None): config.run_dir, or the first of run_dir-2, -3, … that is free.
+    """Returns (run folder, checkpoint to resume from or None): config.run_dir, or the first free run_dir-2, -3, ….
 
-    A folder with an unfinished run of the same Config is resumed, an empty one from its backup if there is one.
-    InputError if its Config is another one, naming the fields, or if the folder cannot be written or holds something
-    else.
+    An unfinished run of the same Config is resumed, an empty folder from its backup if there is one. Raises InputError
+    if the Config differs, naming the fields, or if the folder cannot be written or holds something else.
     """
     for number in itertools.count(1):
         run = Path(config.run_dir if number == 1 else f"{config.run_dir}-{number}")
         try:
             run.mkdir(parents=True, exist_ok=True)
+            for rest in run.glob("checkpoints/.*.tmp"):  # of a process that was killed while it wrote
+                shutil.rmtree(rest, ignore_errors=True)
             if config.resume == "auto" and config.backup and not any(run.iterdir()):
                 restore_backup(config, run)
             if not any(run.iterdir()):
-                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+                (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
                 return run, None
-            if not (run / "config.json").exists():
-                raise InputError(f"run_dir={config.run_dir!r}: {run} is not empty and holds no run; name a new folder")
+            known = (run / "config.json").exists()
+            require(known, "run_dir", config.run_dir, f"{run} is not empty and holds no run; name a new folder")
             (run / "metrics.jsonl").open("a").close()
-            newest = newest_checkpoint(run)
         except OSError as error:
-            raise InputError(
-                f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name a folder that can be written"
-            ) from error
+            raise InputError(f"run_dir={config.run_dir!r}: cannot use {run} ({error}); name another folder") from error
+        newest = newest_checkpoint(run)
         if config.resume == "never" or not newest or newest[1].get("finished"):
             continue
-        changed = differences(newest[1]["config"], config, ignore=HOST_FIELDS)
-        if changed:
-            raise InputError(
-                f"run_dir={config.run_dir!r}: {run} holds an unfinished run of another Config ({changed}); "
-                "name another run_dir, or set resume='never' to start in a new folder"
-            )
-        keep_step_size(config, newest[1])  # it can be kept, or is refused now
-        return run, newest[0]
+        path, meta = newest
+        changed = differences(meta["config"], config, lambda field: not field.metadata["resume"])
+        rule = f"{run} holds an unfinished run of another Config ({changed}); change it, or set resume='never'"
+        require(not changed, "run_dir", config.run_dir, rule)
+        keep_step_size(config, meta)  # it can be kept, or is refused now
+        return run, path
+
+
+def open_run_together(config):
+    """open_run by the first process, for all. Raises InputError if another one does not see the folder."""
+    run, checkpoint = open_run(config) if is_first() else ("", None)
+    if jax.process_count() > 1:
+        text = json.dumps([str(run), checkpoint and str(checkpoint)]).encode().ljust(4096)
+        text = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
+        run, checkpoint = (path and Path(path) for path in json.loads(bytes(text)))
+        there = all_gather(np.array([(run / "config.json").exists()]))
+        require(there.all(), "run_dir", config.run_dir, "must be a folder on storage that all hosts share")
+    return run, checkpoint
 
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl, as dicts; a last one that was cut short is left out. InputError otherwise."""
-    path, rows = Path(run) / "metrics.jsonl", []
+    """Returns the lines of metrics.jsonl as dicts, without a last line that was cut short. Raises InputError."""
+    path = Path(run) / "metrics.jsonl"
     try:
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-                if not is_number(rows[-1]["step"]) or not all(x is None or is_number(x) for x in rows[-1].values()):
-                    raise ValueError("a value is no number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: line {len(rows)} cannot be read: {error}; delete or mend that line") from error
-    return rows
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}; delete or mend the line") from error
 
 
 def plot_loss(run):
-    """Writes loss.png (training loss, its moving average, validation loss) and returns the figure."""
+    """Writes loss.png: training loss, its moving average, validation loss."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(run)
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    if train:
+    if train := [(row["step"], row["loss"]) for row in rows if "loss" in row]:
         steps, losses = np.array(train).T
         span = max(1, len(losses) // 10)
-        sums = np.concatenate([np.zeros(span + 1), np.cumsum(losses)])
-        smooth = (sums[span + 1 :] - sums[: -span - 1]) / np.minimum(np.arange(len(losses)) + 1, span + 1)
+        smooth = [losses[max(0, i - span) : i + 1].mean() for i in range(len(losses))]
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
         axes.plot(steps, smooth, color="tab:blue", label=f"mean of {span + 1} points")
-    if validation:
+    if validation := [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]:
         axes.plot(*np.array(validation).T, "o-", color="tab:orange", markersize=4, label="validation loss")
     axes.set(xlabel="step", ylabel="nats per token", title=str(run))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(Path(run) / "loss.png", dpi=110)
-    return figure
 
 
-# %% Meter cellView="form" tags=["shared"]
-# @title Meter
-def due(step, interval):
-    """Whether `step` is a multiple of `interval`; never if that is 0."""
-    return interval > 0 and step % interval == 0
+# %% Sinks cellView="form" tags=["shared"]
+# @title Sinks
+def file_sink(run):
+    """Returns a sink that appends to metrics.jsonl and samples.txt."""
+
+    def write(step, values):
+        samples = "".join(f"{text}\n\n" for text in values.get("samples", ()))
+        line = f"--- step {step}\n{samples}" if samples else json.dumps({"step": step, **values}) + "\n"
+        with (run / LOGS[bool(samples)]).open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    return write
 
 
-def peak_memory():
-    """Bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+# TensorBoard imports tensorflow where it is installed, as on Colab: for nothing that we use, seconds and memory.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # its own switch
 
 
-class Meter:
-    """Throughput of the training steps alone, from the moments at which the host saw a step's result."""
+def tensorboard_sink(config, run, stack):
+    """Returns a sink that writes TensorBoard's events: the Config as hyper-parameters, scalars, and samples as text."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.hparams import summary_v2 as hparams
+    from tensorboard.plugins.scalar import summary_v2 as scalar
+    from tensorboard.plugins.text import summary_v2 as text
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    def __init__(self, config):
-        self.tokens_per_step, self.flops = config.tokens_per_step, flops_per_token(config)
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self.peak = peak and peak * config.devices
-        self.seconds, self.steps = 0.0, 0  # of training, in all
-        self.restart()
+    events = stack.enter_context(contextlib.closing(EventFileWriter(str(run), flush_secs=10)))
 
-    def restart(self):
-        """Something else than training took the time: a compilation, an evaluation. Begin with the next result."""
-        self.since = None
+    def add(step, summary):
+        events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def seen(self, step):
-        """The result of `step` steps has just been read. Returns the rates since the result before it."""
-        now, seconds, steps = time.perf_counter(), 0.0, 0
-        if self.since is not None:
-            seconds, steps = now - self.since, step - self.step
-        self.since, self.step = now, step
-        self.seconds, self.steps = self.seconds + seconds, self.steps + steps
-        return self.rates(steps, seconds)
+    def write(step, values):
+        for name, value in values.items():
+            if value is not None:
+                samples = name == "samples"
+                add(step, text.text_pb(name, value) if samples else scalar.scalar_pb(name, np.float32(value)))
 
-    def rates(self, steps, seconds):
-        """{'tokens_per_second', 'mfu'}; None where there is nothing to divide, or no known peak."""
-        rate = self.tokens_per_step * steps / seconds if steps else None
-        return {"tokens_per_second": rate, "mfu": rate and self.peak and self.flops * rate / self.peak}
-
-
-def show_rates(tokens_per_second, mfu):
-    """'12,345 tok/s, MFU 41.2%', with n/a for None."""
-    rate = "n/a" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
-    return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
-
-
-# %% Log to wandb cellView="form" tags=["shared"]
-# @title Log to wandb
-def wandb_url():
-    import wandb
-
-    return wandb.setup().settings.base_url
+    add(0, hparams.hparams_pb(dataclasses.asdict(config) | {"mesh": str(config.mesh)}))
+    return write
 
 
 def wandb_key():
-    """The key of wandb, or None: Colab's secret or environment variable WANDB_API_KEY, else what `wandb login` left."""
-    key, url = get_secret("WANDB_API_KEY"), os.environ.get("WANDB_BASE_URL")
-    hosts = [url.split("//")[-1].strip("/")] if url else ["api.forge.coreweave.com", "api.wandb.ai"]  # new and old
+    """Returns wandb's key or None: the secret or environment variable WANDB_API_KEY, else what `wandb login` left."""
+    if key := get_secret("WANDB_API_KEY"):
+        os.environ["WANDB_API_KEY"] = key  # wandb reads it there
+        return key
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc()
-        key = next(filter(None, [key, *((known.authenticators(host) or "   ")[2].strip() for host in hosts)]), None)
-    return key
-
-
-def ask_wandb(what, call):
-    """call(), with what goes wrong at wandb as an InputError."""
-    import wandb
-
-    try:
-        return call()
-    except (wandb.Error, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"wandb: cannot {what} at {wandb_url()}: {reason}") from error
-
-
-def log_in(key):
-    """InputError, within seconds, if wandb cannot be reached or does not know the key."""
-    import wandb
-
-    try:
-        urllib.request.urlopen(wandb_url(), timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, if only that this is no page
-    except OSError as error:
-        raise InputError(f"wandb: cannot reach {wandb_url()}: {error}") from error
-    os.environ.setdefault("WANDB_API_KEY", key)  # for wandb's own process
-    ask_wandb("log in", lambda: wandb.login(key=key, verify=True, relogin=True))
+        logins = netrc.netrc().hosts
+        hosts = url.split("//")[-1].strip("/"), "api.forge.coreweave.com"
+        return next((logins[name][2] for name in hosts if name in logins), None)
 
 
 def open_wandb(config, run, name):
-    """The wandb run `name`, or a new one for None, that goes with a run folder; None where wandb_mode is disabled.
+    """Returns the wandb run `name`, or a new one for None; None where wandb_mode, or no key, says so.
 
-    With 'auto', what is wrong with wandb is said, and training goes on without it; with 'online' it is an InputError.
+    With wandb_mode 'auto' an error of wandb is printed and training goes on; else it is raised as InputError.
     """
-    key, mode = wandb_key(), config.wandb_mode
+    mode = config.wandb_mode
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "online" if key else "disabled")
+        mode = os.environ.get("WANDB_MODE", "online" if wandb_key() else "disabled")
     if mode == "disabled":
         return None
     try:
-        require(importlib.util.find_spec("wandb"), "wandb_mode", mode, "needs the package: pip install wandb")
-        if mode == "online":
-            require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
-            log_in(key)
-    except InputError as error:
+        key = mode == "offline" or wandb_key()
+        require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
+        import wandb
+
+        live = wandb.init(
+            mode=mode, project=config.wandb_project, id=name, resume="allow", name=run.name, dir=run,
+            config=dataclasses.asdict(config), settings=wandb.Settings(silent=mode == "offline", init_timeout=30),
+        )  # fmt: skip
+        live.define_metric("*", step_metric="step")
+        return live
+    except Exception as error:  # wandb's own, those of its service, and our InputError
         if config.wandb_mode != "auto":
-            raise
-        print(f"{error}; training goes on without it", flush=True)
-        return None
-    import wandb
-
-    live = wandb.init(
-        mode=mode, project=config.wandb_project, id=name, resume="allow", name=run.name, dir=run,
-        config=dataclasses.asdict(config), settings=wandb.Settings(silent=mode == "offline"),
-    )  # fmt: skip
-    live.define_metric("*", step_metric="step")
-    return live
+            raise InputError(f"wandb: {first_line(error)}") from error
+        print(f"wandb: {first_line(error)}; training goes on without it", flush=True)
 
 
-@contextlib.contextmanager
-def wandb_run(config, run, name):
-    """open_wandb, closed in the end; marked as failed if an error ends it. None on all processes but the first."""
-    live = open_wandb(config, run, name) if is_first() else None
-    try:
-        yield live
-    except BaseException:
-        if live:
-            live.finish(exit_code=1)
-        raise
-    if live:
-        live.finish()
+def wandb_sink(live):
+    """Returns a sink that logs to a wandb run."""
+
+    def write(step, values):
+        if "samples" in values:
+            import wandb
+
+            values = {"samples": wandb.Html("<hr>".join(map(html.escape, values["samples"])), inject=False)}
+        live.log({"step": step, **values})
+
+    return write
 
 
-def log_files(live, run, checkpoint):
-    """Sends the loss curve, and the last checkpoint as an artifact, to a wandb run."""
-    import wandb
-
-    live.log({"loss curve": wandb.Image(str(run / "loss.png"))})
-    if checkpoint:
-        artifact = wandb.Artifact(f"{run.name}-checkpoint", type="model")
-        artifact.add_dir(str(checkpoint), policy="immutable")  # not copied first: nobody writes to it any more
-        live.log_artifact(artifact)
-
-
-# %% Run log cellView="form" tags=["shared"]
-# @title Run log
-def cut_samples(path, step):
-    """Drops from samples.txt what a run that goes on from `step` will write again."""
-    if path.exists():
-        parts = re.split(r"(?m)^(?=--- step \d+$)", path.read_text())
-        path.write_text("".join(part for part in parts[1:] if int(part.split()[2]) <= step))
-
-
-def show_in_place(handle, content):
-    """Displays content in a notebook, in place of what `handle` shows unless that is None. Returns the handle."""
-    from IPython.display import display
-
-    if handle is None:
-        return display(content, display_id=True)
-    handle.update(content)
-    return handle
-
-
+# %% Log cellView="form" tags=["shared"]
+# @title Log
 class Diverged(InputError):
-    """The loss or the gradient of a step is not a finite number."""
+    """The loss or the gradient of a step is NaN or infinite."""
 
 
 class RunLog:
-    """Metrics of a run, to metrics.jsonl, TensorBoard, wandb if it is given, and a progress line that a reader sees
-    change in place; plain lines where nobody watches. In a notebook the loss curve is drawn anew from time to time.
-    Of several processes the first one writes; the others read their metrics for what is no number."""
+    """Metrics of a run to its sinks, one log interval late, and a progress bar; in a notebook also the loss curve.
 
-    def __init__(self, config, run, step, report=None, wandb_run=None):
-        from tensorboard.plugins.hparams import summary_v2 as hparams
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    `quiet`: a search prints for all of its runs. Of several processes the first has sinks; all watch for NaN.
+    Throughput is that of the training steps alone, from the moments at which the host saw a step's result.
+    """
 
-        self.report, self.wandb = report or (lambda step, values: None), wandb_run
-        self.run, self.interval, self.total, self.done = run, config.log_interval, config.total_steps, step
-        self.skips = config.nonfinite == "skip"
-        if is_first():
-            rows = read_metrics(run) if (run / "metrics.jsonl").exists() else []
-            kept = [row for row in rows if row["step"] < step + ("val_loss" in row)]  # the others will be written again
-            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-            self.file = (run / "metrics.jsonl").open("a", buffering=1)
-            cut_samples(run / "samples.txt", step)
-            self.events = EventFileWriter(str(run), flush_secs=10)
-            settings = dataclasses.asdict(config) | {"mesh": str(config.mesh)}
-            self.add_event(hparams.hparams_pb(settings), 0)
-        self.live = someone_watches() and is_first()
-        self.bar = tqdm(
-            total=self.total, initial=step, disable=IN_NOTEBOOK or not self.live,
-            bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}",
-        )  # fmt: skip
-        self.meter = Meter(config)
-        self.times = collections.Counter()  # seconds of what is not training
-        self.unread = collections.deque()  # (step, metrics on the device, its batch, seconds waited), of every step
-        self.due = 0  # how many of them are to be read the next time
+    def __init__(self, config, run, step, sinks, quiet=False):
+        self.config, self.run, self.sinks, self.quiet = config, run, sinks, quiet
+        self.total, self.done, self.flops = config.total_steps, step, flops_per_token(config)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak and peak * config.devices
+        layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
+        self.bar = progress_bar(total=self.total, initial=step, bar_format=layout, mininterval=0.5)
+        self.previous, self.current = [], []  # (step, metrics on the device, batch, seconds waited) of two intervals
+        self.seen, self.steps, self.seconds = None, 0, 0.0  # (step, moment) of the last result; training in all
+        self.times = collections.Counter()  # seconds of all that is not training
         self.last, self.waited, self.smooth, self.weight = {}, 0.0, 0.0, 0.0
-        self.alone = report is None  # a search draws and prints for all of its runs
-        self.draws = IN_NOTEBOOK and self.alone
-        self.line = self.picture = None  # what a notebook shows, and writes over
-        self.shown = self.drawn = time.perf_counter()
-        self.drawing = 0.1  # seconds that the curve takes
-
-    def add_event(self, summary, step):
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self.events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self.picture, self.drawn, self.drawing = None, time.perf_counter(), 0.1
 
     def write(self, step, **values):
-        """One line of metrics.jsonl, and a scalar for each value that is not None."""
-        from tensorboard.plugins.scalar import summary_v2 as scalar
+        for sink in self.sinks:
+            sink(step, values)
 
-        if not is_first():
-            return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.report(step, values)
-        if self.wandb:
-            self.wandb.log({"step": step, **values})
-        for name, value in values.items():
-            if value is not None:
-                self.add_event(scalar.scalar_pb(name, np.float32(value)), step)
+    def say(self, text, step=None):
+        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
+        sys.stdout.flush()
+
+    def train_step(self, step, metrics, batch="", waited=0.0):
+        """Takes the metrics of a step without waiting for them, and reads those of the log interval before.
+
+        `batch` names the documents of the step, `waited` the seconds of waiting for data since the start. Raises
+        Diverged for a loss or gradient that is not finite, unless config.nonfinite says skip.
+        """
+        self.done = step + 1
+        self.bar.update()
+        self.current.append((step, metrics, batch, waited))
+        if due(step, self.config.log_interval or 100):
+            self.read(self.previous)
+            self.previous, self.current = self.current, []
+
+    def read(self, entries):
+        """Waits for the metrics of `entries`; checks all of them and shows those of logged steps."""
+        values, skipped = jax.device_get([metrics for _, metrics, *_ in entries]), 0
+        for (step, _, batch, waited), metrics in zip(entries, values, strict=True):
+            metrics = {name: float(x) for name, x in metrics.items()}
+            if math.isfinite(sum(metrics.values())):
+                self.smooth, self.weight = 0.95 * self.smooth + 0.05 * metrics["loss"], 0.95 * self.weight + 0.05
+                if due(step, self.config.log_interval):
+                    self.show(step, metrics, waited)
+                continue
+            skipped += 1
+            words = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, on {batch}"
+            if self.config.nonfinite == "stop" or skipped == len(entries) > 1:  # a whole interval of skipped steps
+                raise Diverged(words)
+            self.say(f"{words}: skipped")
+
+    def rates(self, steps, seconds):
+        """Returns {'tokens_per_second', 'mfu'}; None where there is nothing to divide, or no known peak."""
+        rate = self.config.tokens_per_step * steps / seconds if steps else None
+        return {"tokens_per_second": rate, "mfu": rate and self.peak and self.flops * rate / self.peak}
+
+    def measure(self, done):
+        """Notes that the result of `done` steps has just been read. Returns the rates since the result before."""
+        before, self.seen = self.seen or (done, time.perf_counter()), (done, time.perf_counter())
+        steps, seconds = self.seen[0] - before[0], self.seen[1] - before[1]
+        self.steps, self.seconds = self.steps + steps, self.seconds + seconds
+        return self.rates(steps, seconds)
+
+    def show(self, step, metrics, waited):
+        """Writes a line of metrics to the sinks and the progress bar, or to stdout where nobody sees a bar."""
+        rates, interval = self.measure(step + 1), self.config.log_interval
+        self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
+        self.waited = waited
+        self.write(step, **self.last)
+        if IN_NOTEBOOK and not self.quiet and time.perf_counter() - self.drawn > 200 * self.drawing:  # 0.5% of the time
+            self.draw()
+        if rates["tokens_per_second"]:
+            left = datetime.timedelta(seconds=round(self.seconds / self.steps * (self.total - step - 1)))
+            line = f"loss {metrics['loss']:.3f}, smoothed {self.smooth / self.weight:.3f}, "
+            line += f"lr {metrics['learning_rate']:.1e}, {show_rates(**rates)}, {left} left"
+            self.bar.set_postfix_str(line, refresh=False)
+            if self.bar.disable and due(step // interval, math.ceil(self.total / interval / 20)):  # 20 lines a run
+                self.say(line, step)
 
     def draw(self):
-        """The loss curve so far, to loss.png and, in a notebook, in place of the one before."""
-        if not is_first():
-            return
+        """Writes loss.png, and shows it in a notebook in place of the one before."""
         started = time.perf_counter()
         plot_loss(self.run)
-        if self.draws:
-            from IPython.display import Image
+        if IN_NOTEBOOK and not self.quiet:
+            from IPython.display import Image, display
 
-            self.picture = show_in_place(self.picture, Image(str(self.run / "loss.png")))
+            self.picture = self.picture or display(display_id=True)
+            self.picture.update(Image(str(self.run / "loss.png")))
         self.drawn = time.perf_counter()
         self.drawing = self.drawn - started
         self.times["drawing"] += self.drawing
 
-    def say(self, text):
-        tqdm.write(text)
-        sys.stdout.flush()
-
-    def train_step(self, step, metrics, batch="", waited=0.0):
-        """Takes the metrics of step 0, 1, …, without waiting for them; reads those of the log interval before.
-
-        `batch`: the words for its documents, should its loss not be a number: Diverged is raised then, or it is said.
-        `waited`: seconds of waiting for data, of all steps so far.
-        """
-        self.done = step + 1
-        self.bar.update()
-        self.unread.append((step, metrics, batch, waited))
-        if due(step, self.interval or 100):
-            self._read(self.due)
-            self.due = len(self.unread)
-
-    def _read(self, count):
-        entries = [self.unread.popleft() for _ in range(count)]
-        values = jax.device_get([metrics for _, metrics, *_ in entries])
-        bad = 0
-        for (step, _, batch, waited), metrics in zip(entries, values, strict=True):
-            metrics = {name: float(x) for name, x in metrics.items()}
-            if not math.isfinite(sum(metrics.values())):
-                bad += 1
-                self._not_finite(step, metrics, batch, stop=not self.skips or bad == len(entries) > 1)
-                continue
-            self.smooth, self.weight = 0.95 * self.smooth + 0.05 * metrics["loss"], 0.95 * self.weight + 0.05
-            if due(step, self.interval):
-                self._show(step, metrics, waited)
-        self.due = 0
-
-    def _not_finite(self, step, metrics, batch, stop):
-        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, on {batch}"
-        if not stop:
-            self.say(f"{what}: skipped")
-            return
-        raise Diverged(what)
-
-    def _show(self, step, metrics, waited):
-        rates = self.meter.seen(step + 1)
-        self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
-        self.waited = waited
-        self.write(step, **self.last)
-        if self.draws and time.perf_counter() - self.drawn > 200 * self.drawing:  # half a percent of the time
-            self.draw()
-        if rates["tokens_per_second"]:
-            left = format_time(self.meter.seconds / self.meter.steps * (self.total - step - 1))
-            loss = f"loss {metrics['loss']:.3f}, smoothed {self.smooth / self.weight:.3f}"
-            line = f"{loss}, lr {metrics['learning_rate']:.1e}, {show_rates(**rates)}, {left} left"
-            self.progress(line)
-            if not self.live and due(step // self.interval, math.ceil(self.total / self.interval / 20)):
-                self.say(f"{self.at(step)}  {line}")
-
-    def progress(self, line):
-        """The progress line, in place: a terminal's bar, or an output of the notebook, twice a second at most."""
-        self.bar.set_postfix_str(line, refresh=False)
-        if IN_NOTEBOOK and (time.perf_counter() - self.shown > 0.5 or self.done == self.total):
-            from IPython.display import Pretty
-
-            share = self.done / self.total
-            bar = f"{share:4.0%} |{'█' * int(30 * share):30}| {self.done}/{self.total}, {line}"
-            self.line, self.shown = show_in_place(self.line, Pretty(bar)), time.perf_counter()
-
-    def at(self, step):
-        return f"step {step:>{len(str(self.total))}}/{self.total}"
-
     @contextlib.contextmanager
     def paused(self, state, what):
-        """Waits for the device to finish its steps. What happens inside is counted as `what`, not as training."""
-        self._read(self.due)  # first, so that its moment is its own
-        self._read(len(self.unread))
+        """Waits for the device to finish its steps. The time inside counts as `what`, not as training."""
+        self.read(self.previous)  # first, so that its moment is its own
+        self.read(self.current)
+        self.previous, self.current = [], []
         jax.block_until_ready(state.step)
-        self.meter.seen(self.done)
+        self.measure(self.done)
         started = time.perf_counter()
         with jax.profiler.TraceAnnotation(what):
             yield
         self.times[what] += time.perf_counter() - started
-        self.meter.restart()
+        self.seen = None
 
-    def validation(self, result):
-        self.write(self.done, val_loss=result["loss"], val_bpb=result["bpb"])
-        if self.alone:
-            self.say(f"{self.at(self.done)}  validation loss {result['loss']:.4f}, {result['bpb']:.4f} bits per byte")
 
-    def samples(self, texts):
+def show_rates(tokens_per_second, mfu):
+    """Returns '12,345 tok/s, MFU 41.2%', with n/a for None."""
+    rate = "n/a" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+    return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
+
+
+# %% Training cellView="form" tags=["shared"]
+# @title Training
+SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """Yields a list that SIGTERM and SIGINT (Ctrl-C, a notebook's stop button) append their names to, in place of their
+    usual effect. A second SIGINT interrupts at once. On several processes SIGTERM is jax's: they agree on a step."""
+    asked = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    here = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if here}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def xprof_trace(run):
+    """Traces into run/profile. Below jax 0.9 the profiler imports tensorflow: it finds an empty module."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's call stack would be most of the trace, and slow the host
+    names = () if "tensorflow" in sys.modules else ("tensorflow", "tensorflow.python.profiler.trace")
+    for name in names:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)  # find_spec in other threads reads it
+    try:
+        with jax.profiler.trace(str(run / "profile"), profiler_options=options):
+            yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def find_data(config):
+    """Returns (training shards, validation shard, tokenizer): shards are functions; the first has been called."""
+    shards, fetch_validation = list_shards(config)
+    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
+        fetch()
+    return shards, fetch_validation, find_tokenizer(config, shards[0]())
+
+
+def peak_memory():
+    """Returns bytes: the accelerator's peak where jax knows it, else this process's peak resident memory."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Training:
+    """All that surrounds the training loop: data, run folder, log, checkpoints, trace. Use it in a `with` block.
+
+    What can be wrong with the Config, the shards, the tokenizer or the run folder is raised before anything compiles.
+    """
+
+    def __init__(self, config, report=None):
+        self.started, backend = time.perf_counter(), jax.default_backend()
+        device_mesh(config)  # raises if there are too few devices
+        tpu_only = backend != "tpu" and config.attn_impl in ("splash", "pallas", "fused")
+        require(not tpu_only, "attn_impl", config.attn_impl, f"needs a TPU, and this is a {backend}; leave it at auto")
+        if not report:  # a search has printed it once
+            describe_machine(config)
         if not is_first():
-            return
-        with (self.run / "samples.txt").open("a") as file:
-            file.write(f"--- step {self.done}\n" + "".join(f"{text}\n\n" for text in texts))
-        from tensorboard.plugins.text import summary_v2 as text_summary
+            multihost_utils.sync_global_devices("data")  # the first process downloads and trains; the others find it
+        self.shards, self.fetch_validation, self.tokenizer = find_data(config)
+        if jax.process_count() > 1 and is_first():
+            multihost_utils.sync_global_devices("data")
+        check_alike(config, self.tokenizer._mergeable_ranks)
+        self.validation = in_background(self.fetch_validation)
+        if is_first():
+            open_backup(config)
+        self.run, checkpoint = open_run_together(config)
+        self.meta = {"step": 0}
+        if checkpoint:
+            self.state, self.meta = load_checkpoint(checkpoint, config)
+            config = keep_step_size(config, self.meta)
+            self.state = self.state._replace(hyper=put(config, hyperparams(config)))  # the schedule counts steps
+            for name in LOGS if is_first() else ():
+                (self.run / name).unlink(missing_ok=True)
+                if name in self.meta["files"]:
+                    shutil.copyfile(checkpoint / name, self.run / name)
+        else:
+            self.state = init_train_state(config)
+        self.config, self.report, self.first_step = config, report, self.meta["step"]
+        self.best, self.batches, self.validated = self.meta.get("best"), None, {}
+        describe_run(config, self.run, self.first_step)
+        last_traced = min(config.profile_start + config.profile_steps, config.total_steps)
+        traced = self.first_step <= config.profile_start and is_first()
+        self.traced = range(config.profile_start, last_traced) if traced else range(0)
 
-        self.add_event(text_summary.text_pb("samples", texts), self.done)
+    def __enter__(self):
+        config, run, first = self.config, self.run, self.first_step
+        with contextlib.ExitStack() as stack:
+            self.loader = stack.enter_context(PrefetchDataLoader(config, self.tokenizer, self.shards))
+            if first:
+                self.loader.load_state_dict(self.meta.get("loader"))
+            self.wandb = open_wandb(config, run, self.meta.get("wandb")) if is_first() else None
+            sinks = [file_sink(run), tensorboard_sink(config, run, stack)] if is_first() else []
+            if self.wandb:
+                stack.push(lambda kind, *_: self.wandb.finish(exit_code=int(kind is not None)))
+                sinks.append(wandb_sink(self.wandb))
+            if self.report:
+                sinks.append(lambda step, values: "samples" in values or self.report(step, values))
+            self.log = RunLog(config, run, first, sinks, quiet=bool(self.report))
+            stack.callback(self.log.bar.close)
+            self.saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, self.log.say)))
+            stack.push(self.advise)
+            self.profile = stack.enter_context(contextlib.ExitStack())
+            self.asked = stack.enter_context(stop_requests())
+            self.stack = stack.pop_all()
+        self.log.times["start"] = time.perf_counter() - self.started
+        return self
+
+    def __exit__(self, *exception):
+        return self.stack.__exit__(*exception)
+
+    def advise(self, kind, error, traceback):
+        """Adds the last checkpoint, and what may help, to the message of Diverged."""
+        if kind is Diverged:
+            self.saver.close()
+            checkpoints = list_checkpoints(self.run)
+            last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+            hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
+            raise Diverged(f"{error}; {last}. {hint}") from None
+
+    def trace(self, step, state):
+        """Starts and ends the XProf trace of config.profile_steps steps."""
+        if self.traced and step == self.traced.start:
+            with self.log.paused(state, "tracing"):
+                self.profile.enter_context(xprof_trace(self.run))
+        if self.traced and step == self.traced.stop:
+            with self.log.paused(state, "tracing"):
+                self.profile.close()
+
+    def next_batch(self):
+        """Returns (tokens, targets) of the next step."""
+        self.place = self.loader.position
+        with jax.profiler.TraceAnnotation("wait for data"):
+            return next(self.loader)
+
+    def log_step(self, step, metrics, state):
+        """Logs the metrics of a step, one interval late; waits for the first step, and prints when it was done."""
+        if step == self.first_step:
+            jax.block_until_ready(state.step)
+            seconds, loss = time.perf_counter() - self.started, float(metrics["loss"])
+            self.log.times["compiling"] = seconds - self.log.times["start"]
+            self.log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
+        start, stop = self.place, self.loader.position
+        batch = f"document {start.row} (from token {start.offset}) of training shard {start.shard} "
+        batch += f"to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
+        self.log.train_step(step, metrics, batch, self.loader.wait_seconds)
+        self.saver.check()
+
+    def asked_to_stop(self, done):
+        """Whether a signal asks to stop after `done` steps; several processes agree on that step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+            self.asked.append("SIGTERM")
+        return bool(self.asked)
+
+    def evaluate(self, state, last):
+        """Evaluates on the validation shard, the last time on more of it."""
+        done = self.log.done
+        with self.log.paused(state, "evaluation"):
+            if last or not self.batches:
+                if self.validation.done() and self.validation.exception():
+                    self.validation = in_background(self.fetch_validation)  # a second chance
+                amount = self.config.final_eval_tokens if last else self.config.eval_tokens
+                self.batches = validation_batches(self.config, self.tokenizer, self.validation.result(), amount)
+            self.validated = evaluate(self.config, state.params, self.batches) | {"step": done}
+            loss, bpb = self.validated["loss"], self.validated["bpb"]
+            self.log.write(done, val_loss=loss, val_bpb=bpb)
+            if not self.best or loss < self.best["val_loss"]:
+                self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
+            if not self.report:
+                self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
+
+    def sample(self, state):
+        """Continues SAMPLE_PROMPTS, in the log and on the screen, as far as the context reaches."""
+        longest = max(len(self.tokenizer.encode_ordinary(prompt)) for prompt in SAMPLE_PROMPTS)
+        count = min(48, self.config.seq_len - longest - 1)
+        if count > 0:
+            with self.log.paused(state, "samples"):
+                texts = generate(self.config, state.params, self.tokenizer, SAMPLE_PROMPTS, max_new_tokens=count)
+                self.log.write(self.log.done, samples=texts)
+                if not self.report:
+                    self.log.say(f"sample: {texts[0]!r}", self.log.done)
+
+    def save(self, state, finished):
+        """Saves a checkpoint in the background."""
+        with self.log.paused(state, "saving"):
+            meta = {"finished": finished, "best": self.best, "wandb": self.wandb and self.wandb.id}
+            if self.validated.get("step") == self.log.done:
+                meta["val_loss"] = self.validated["loss"]
+            self.saver.save(state, loader=self.loader.state_dict(), **meta)
+
+    def finish(self, state):
+        """Waits for the last checkpoint, draws the curve, and returns the summary of the run."""
+        log, config = self.log, self.config
+        stopped = self.asked[0] if self.asked and log.done < config.total_steps else ""
+        if stopped:
+            log.say(f"{stopped}: stopped after step {log.done}; its checkpoint is kept, the same start goes on from it")
+        with log.paused(state, "saving"):
+            self.saver.close()
+        if is_first():
+            log.draw()
         if self.wandb:
             import wandb
 
-            paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-            self.wandb.log({"step": self.done, "samples": wandb.Html(paragraphs, inject=False)})
-        if self.alone:
-            self.say(f"{self.at(self.done)}  sample: {texts[0]!r}")
-
-    def close(self):
-        self.bar.close()
-        if is_first():
-            self.file.close()
-            self.events.close()
-
-
-# %% [markdown]
-# ## Preflight
-#
-# The TPU's compiler, asked on any machine: does it fit, how fast is it, what will it cost.
+            self.wandb.log({"loss curve": wandb.Image(str(self.run / "loss.png"))})
+            artifact = wandb.Artifact(f"{self.run.name}-checkpoint", type="model")
+            artifact.add_dir(str(self.saver.newest), policy="immutable")  # not copied first: it does not change
+            self.wandb.log_artifact(artifact)
+        seconds, validated = time.perf_counter() - self.started, self.validated
+        return {
+            "step": log.done, "loss": log.last.get("loss"), "val_loss": validated.get("loss"),
+            "val_bpb": validated.get("bpb"), "by_position": validated.get("by_position"), "best": self.best,
+            "stopped": stopped, "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
+            **log.rates(log.steps, log.seconds), "seconds": seconds,
+            "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": self.loader.wait_seconds,
+            "peak_memory": peak_memory(), "run_dir": str(self.run),
+        }  # fmt: skip
 
 
-# %% Chips and prices cellView="form" tags=["shared"]
-# @title Chips and prices
-class Chip(NamedTuple):
-    """What preflight must know of a TPU."""
-
-    kind: str  # jax's device_kind
-    hbm: float  # bytes that a program can use
-    bandwidth: float  # bytes/s
-    clock: float  # Hz, of the compiler's cycles
-    credits: float | None  # Colab compute units for an hour
-    link: float  # bytes/s to a neighbouring chip, one way ("How to Scale Your Model", 2025)
+# %% Banner and summary cellView="form" tags=["shared"]
+# @title Banner and summary
+def describe_params(counts):
+    """Returns '3.7M parameters (embed 1.0, …)' of what count_params returns."""
+    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
+    return f"{counts['total'] / 1e6:.1f}M parameters ({parts})"
 
 
-CHIPS = {
-    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.6e12, 1.75e9, 3.71, 9e10),
-    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 0.82e12, 1.5e9, None, 4.5e10),
-}
-DOLLARS_PER_CREDIT = 50 / 600
-SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
-HOP = 1e-6  # seconds for the first byte to the next chip (the same book)
+def describe_machine(config):
+    """Prints the versions and the device: every report of a fault begins with these two lines."""
+    device, (data, fsdp) = jax.devices()[0], config.mesh_shape
+    versions, kind = [f"jax {jax.__version__}", f"Python {platform.python_version()}"], device.device_kind
+    if device.platform == "tpu":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
+    elif cuda := re.search(r"cuda (\d+)", device.client.platform_version):  # 12080 is 12.8
+        versions.insert(1, f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}")
+    print(f"runs on {', '.join(versions)}")
+    peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
+    if device.platform == "cpu":
+        kind += f" ({cpu_fact('model name') or platform.machine()}, {os.cpu_count()} cores)"
+    mesh = f"; {config.devices} of them: data {data}, fsdp {fsdp}" if config.devices > 1 else ""
+    print(f"device  {kind}, {config.compute_dtype}, peak {peak}{mesh}", flush=True)
+    if jax.process_count() > 1:
+        print(f"hosts   {jax.process_count()}; the first one logs")
 
 
-def parse_topology(name):
-    """('v6e', (2, 4)) of 'v6e:2x4'; a chip alone is a slice of (1, 1). InputError if there is no such slice."""
-    chip, _, slice_ = name.partition(":")
-    known = chip in CHIPS and slice_ in ("", *SLICES.values())
-    slices = ", ".join(f"v6e:{size}" for size in SLICES.values())
-    require(known, "preflight", name, f"must be one of {', '.join(CHIPS)}, or all, or a slice of several: {slices}")
-    return chip, tuple(int(n) for n in (slice_ or "1x1").split("x"))
+def describe_run(config, run, first):
+    """Prints the model, the work and the folder of a run that begins at step `first`."""
+    steps, size = config.total_steps, config.tokens_per_step
+    attention = choose_attention(config, jax.default_backend())
+    print(f"model   {describe_params(count_params(config))}; attention {attention}")
+    print(f"work    {steps:,} steps × {size:,} tokens = {steps * size / 1e6:,.1f}M tokens of {config.dataset}")
+    print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
 
 
-def on_topology(config, topology):
-    """config on the chips of a topology: mesh='auto' is (all, 1); a mesh that has not as many is an InputError."""
-    chips = math.prod(parse_topology(topology)[1])
-    config = config.replace(mesh=(chips, 1)) if config.mesh == "auto" else config
-    require(config.devices == chips, "mesh", config.mesh, f"data · fsdp must be the {chips} chips of {topology}")
-    return config
+def show_summary(summary):
+    """Prints what train returned, as a table."""
+    if summary["stopped"]:
+        print(f"stopped by {summary['stopped']} after {summary['step']:,} steps; start the same again to go on")
+    print(f"model   {describe_params(summary['parameters'])}")
+    print(f"tokens  {summary['tokens']:,} in {summary['step']:,} steps")
+    if summary["val_loss"]:
+        best = summary["best"]
+        print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
+        print(f"bpb     {summary['val_bpb']:.4f} bits per byte; best {best['val_bpb']:.4f} at step {best['step']:,}")
+    print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
+    times = ", ".join(f"{what} {seconds:.1f}" for what, seconds in summary["times"].items() if seconds >= 0.05)
+    print(f"time    {datetime.timedelta(seconds=round(summary['seconds']))} in all; seconds: {times}")
+    print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
+    print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
+    files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
+    print(f"files   {summary['run_dir']}: {files}")
 
 
-# %% Compile for a chip cellView="form" tags=["shared"]
-# @title Compile for a chip
-# The compiler runs in a process of its own: it may crash (it has), and once it is loaded where there is no TPU, jax's
-# profiler may crash, too. What travels there is the step as StableHLO, what comes back is the program and its memory.
-COMPILER = """
-import json, pathlib, sys
-import jax
-import jax.export
-from jax.experimental import mesh_utils, topologies
+# %% Command line cellView="form" tags=["shared"]
+# @title Command line
+def parse_args(argv, config, epilog=""):
+    """Returns `config` with the `--field value` pairs of argv. --help lists all. Raises InputError for a wrong one."""
+    parser = argparse.ArgumentParser(
+        description="Every option is a Config field; without options the Config fits the machine.", epilog=epilog,
+        allow_abbrev=False, formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=120),
+    )  # fmt: skip
 
-folder, topology, donated, shape = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-step = jax.export.deserialize((folder / "step").read_bytes())
-host = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
-devices = topologies.get_topology_desc(topology, "tpu", **host).devices
-small = jax.ShapeDtypeStruct((128, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-jax.jit(jax.lax.add).lower(small, small).compile()  # a libtpu that needs the chip to be there crashes here
-(folder / "works").touch()
-mesh = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # as arrange() does
-mesh = jax.sharding.Mesh(mesh, ("data", "fsdp"))
-whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-places = [place or whole for place in step.in_shardings_jax(mesh)]
-args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x, place in zip(step.in_avals, places)]
-results = [*places[:donated], *[whole] * (len(step.out_avals) - donated)] if donated else None
-try:
-    compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=results).lower(*args).compile()
-except jax.errors.JaxRuntimeError as error:
-    (folder / "error").write_text(str(error))
-else:
-    memory = compiled.memory_analysis()
-    names = "peak_memory_in_bytes", "argument_size_in_bytes", "alias_size_in_bytes"
-    (folder / "memory").write_text(json.dumps([getattr(memory, name) for name in names]))
-    (folder / "chips").write_text(json.dumps([[device.coords[:2] for device in row] for row in mesh.devices]))
+    def refuse(message):  # argparse would print the usage, a screenful
+        raise InputError(f"{message} (--help lists the fields)")
+
+    parser.error = refuse
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name, field in fields.items():
+        default, kind = getattr(config, name), field.type if field.type in (int, float) else str
+        sentence = "; ".join(filter(None, (field.metadata["help"], field.metadata["rule"][0])))
+        text = f"{sentence} (here {default!r})".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+    given, rest = parser.parse_known_args(argv)
+    if rest and rest[0].startswith(("--preflight", "--scaling")):
+        refuse("--preflight and --scaling are a notebook of their own now: python 05_preflight.py 02_train.py v6e")
+    if rest:
+        refuse(f"unknown option {rest[0]!r}{suggest(rest[0].lstrip('-').split('=')[0], fields)}")
+    return config.replace(**vars(given))
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turns an InputError of a script into one line on stderr and exit status 2; in a notebook it is raised."""
     try:
-        (folder / "program").write_text(compiled.as_text())
-    except jax.errors.JaxRuntimeError:  # jax 0.10 has failed on what libtpu 0.0.52 compiles
-        (folder / "error").write_text(f"jax {jax.__version__} and this libtpu do not match: pip install 'jax[tpu]'")
-"""
-COMPILER_ENVIRONMENT = {  # nobody is asked what TPU this is, and other processes may use the compiler, too
-    "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **NO_TPU,
-}  # fmt: skip
-
-
-class Compiled(NamedTuple):
-    """A train step compiled for one or several chips: the text of the program of each, and bytes of its HBM."""
-
-    text: str
-    peak: int
-    arguments: int
-    alias: int  # arguments whose bytes the results take
-    chips: tuple = (((0, 0),),)  # where in its slice each chip of the mesh is: [data][fsdp] → (x, y)
-
-
-class CompileError(RuntimeError):
-    """The TPU's compiler refuses the step; its own words."""
-
-
-def require_compiler():
-    """InputError if the TPU's compiler cannot run on this machine."""
-    system = f"{platform.system()} on {platform.machine()}"
-    if system != "Linux on x86_64":
-        raise InputError(f"preflight: the TPU's compiler runs on Linux on x86_64, not on {system}; training works here")
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise InputError("preflight: jax.export needs a package that is not installed: pip install flatbuffers")
-
-
-def own_libtpu():
-    """Returns the path of the libtpu that this jax asks for, beside the runtime. InputError if it cannot be had."""
-    needed = [name for name in importlib.metadata.requires("jax") or () if name.startswith("libtpu")]
-    if not needed:
-        raise InputError("preflight: this jax does not name its libtpu; set TPU_LIBRARY_PATH to a libtpu.so")
-    return install_aside(needed[0].partition(";")[0].strip(), "--no-deps") / "libtpu" / "libtpu.so"
-
-
-def run_compiler(folder, arguments, flags):
-    """Runs COMPILER with the installed libtpu and, if that one compiles nothing, with own_libtpu. Colab's TPU runtime
-    has libtpu 0.0.21.1, which crashes unless its chip is there. Returns the finished process."""
-    environment = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": libtpu_flags(*flags)}
-    command = [sys.executable, "-c", COMPILER, folder, *arguments]
-    if importlib.util.find_spec("libtpu") or "TPU_LIBRARY_PATH" in environment:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if (folder / "works").exists():
-            return done
-        words = (done.stderr.strip().splitlines() or ["no word"])[-1][:100]
-        print(f"the installed libtpu compiles nothing here (exit status {done.returncode}: {words})", flush=True)
-    environment["TPU_LIBRARY_PATH"] = str(own_libtpu())
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def compile_for(topology, step, args, donated=0, schedules=None, mesh=(1, 1)):
-    """step(*args), args all arrays, Compiled for `topology` ('v6e', 'v6e:2x4', …), its chips in a mesh (data, fsdp) as
-    the shardings of args say; the first `donated` args give their bytes to the first results, and their shardings.
-
-    `schedules`: a folder for the instruction schedules of all kernels, which takes twice the time. CompileError if the
-    compiler refuses the step.
-    """
-    chip, slice_ = parse_topology(topology)
-    require_compiler()
-    with tempfile.TemporaryDirectory() as folder:
-        folder, name = Path(folder), f"{chip}:{slice_[0]}x{slice_[1]}"
-        (folder / "step").write_bytes(jax.export.export(jax.jit(step), platforms=["tpu"])(*args).serialize())
-        flags = [COLLECTIVES_ASIDE] if slice_ != (1, 1) else []
-        if schedules:
-            flags += [f"--xla_jf_dump_to={schedules}", "--xla_jf_dump_llo_pass_label_regex=final_bundles"]
-        done = run_compiler(folder, [name, str(donated), json.dumps(mesh)], flags)
-        if (folder / "error").exists():
-            raise CompileError((folder / "error").read_text())
-        if done.returncode:
-            fatal = re.search(r"^F\d{4} .*?\] (.*)", done.stderr, re.M)
-            words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
-            raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
-        memory, chips = (json.loads((folder / name).read_text()) for name in ("memory", "chips"))
-        return Compiled((folder / "program").read_text(), *memory, chips)
-
-
-def compile_step(config, topology):
-    """The train step of `config`, Compiled for `topology`, its state donated. CompileError if it is refused."""
-    config = on_topology(config, topology)
-    state, tokens = abstract_step(config, None)
-    leaves, tree = jax.tree.flatten((state, tokens, tokens))
-
-    def step(*leaves):
-        return jax.tree.leaves(train_step(config, *jax.tree.unflatten(tree, leaves)))
-
-    return compile_for(topology, step, leaves, donated=len(leaves) - 2, mesh=config.mesh_shape)
-
-
-def reason(error):
-    """(one sentence that says why a program does not compile, bytes of HBM that it would have taken or None)."""
-    text = str(error)
-    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-    total = re.search(r"memory required\D*?\(([\d.]+)(\w?)\) exceeds available HBM \(([\d.]+)(\w?)\)", text)
-    if hbm := total or re.search(r"Used ([\d.]+)(\w?) of ([\d.]+)(\w?) hbm", text):  # the second: libtpu 0.0.23
-        need, available = float(hbm[1]) * unit[hbm[2]] / 2**30, float(hbm[3]) * unit[hbm[4]] / 2**30
-        return f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB", need * 2**30
-    if one := re.search(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", text):  # it, too
-        need, available = (int(size) / 2**30 for size in one.groups())
-        words = f"out of HBM by {need - available:.2f} GiB: needs {need:.2f} of {available:.2f} GiB, or more"
-        return words, need * 2**30
-    if vmem := re.search(r"vmem.*?%(\S+) = .*?size ([\d.]+\w) and limit ([\d.]+\w)", text, re.S):
-        return f"over VMEM in the kernel {vmem[1]}: {vmem[2]} of {vmem[3]}; try a smaller splash_block_size", None
-    return " ".join(line for line in text.splitlines() if line.strip())[:300], None
-
-
-# %% Read the schedule cellView="form" tags=["shared"]
-# @title Read the schedule
-NO_ESTIMATE = 2**64 - 1
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
-COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-NO_WORK = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "opt-barrier"}
-
-
-class Instruction(NamedTuple):
-    """One line of a compiled program."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: list
-    rest: str
-
-
-class Collective(NamedTuple):
-    """What the chips of a group send each other."""
-
-    kind: str  # all-gather | reduce-scatter | all-reduce | …
-    size: int  # bytes: of the whole array that is gathered, scattered or summed
-    chips: int  # in a group
-    rings: int  # that the compiler sends it around, in one direction each
-    hops: int  # from chip to chip, one after the other
-
-
-class Op(NamedTuple):
-    """An instruction as the chip meets it, `times` times a step."""
-
-    name: str
-    opcode: str
-    scope: str  # jax's op_name, with the named scopes
-    times: int
-    cycles: int  # the compiler's estimate, 0 where it has none
-    traffic: float  # bytes to and from HBM
-    matmul_flops: float  # of matmuls between bfloat16 operands
-    operands: list
-    rest: str
-    collective: Collective | None = None
-
-
-def hbm_bytes(shape):
-    """Bytes of an HLO shape, tuple or not, that lie in HBM; what the compiler keeps in VMEM is marked S(1)."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
-    return sum(
-        ITEM_BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims, layout in arrays
-        if dtype in ITEM_BYTES and not re.search(r"S\([1-9]\)", layout)
-    )
-
-
-def read_program(text):
-    """({computation: [Instruction]}, name of the entry) of the text of a compiled program."""
-    found, entry = {}, None
-    for line in text.split("\n"):
-        if head := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
-            body = found[head[2]] = []
-            entry = head[2] if head[1] else entry
-        elif found and (match := INSTRUCTION.match(line)):
-            name, shape, opcode, rest = match.groups()
-            body.append(Instruction(name, shape, opcode, re.findall(r"%([^\s,)]+)", rest.split("), ")[0]), rest))
-        elif found and body and line != "}":  # an instruction goes over several lines where it carries a kernel
-            body[-1] = body[-1]._replace(rest=body[-1].rest + line)
-    return found, entry
-
-
-def bytes_read(program, body, index, size):
-    """Of a fusion's parameter of `size` bytes, those that its body reads: the rows of a gather, the slices, none of
-    what it updates in place. Bitcasts are the same bytes, and fusions inside are followed."""
-    names = {x.name for x in body if x.opcode == "parameter" and x.rest.startswith(f"{index})")}
-    for x in body:
-        names |= {x.name} if x.opcode == "bitcast" and x.operands[0] in names else set()
-    total = 0
-    for x in (x for x in body if x.name not in names and names.intersection(x.operands)):
-        if x.opcode == "fusion":
-            inner = program[re.search(r"calls=%([^\s,]+)", x.rest)[1]]
-            total += sum(bytes_read(program, inner, i, size) for i, name in enumerate(x.operands) if name in names)
-        elif x.operands[0] not in names or x.opcode not in ("gather", "dynamic-slice", "dynamic-update-slice"):
-            return size
-        elif x.opcode != "dynamic-update-slice":
-            total += hbm_bytes(re.sub(r"S\(\d\)", "", x.shape))
-    return min(size, total)
-
-
-def traffic(program, shapes, instruction):
-    """Bytes that an instruction reads from HBM and writes to it: of a table that it only gathers rows from, the rows;
-    of an array that it updates in place, the update."""
-    sizes = [hbm_bytes(shapes.get(operand, "")) for operand in instruction.operands]
-    result = hbm_bytes(instruction.shape)
-    if called := re.search(r"calls=%([^\s,]+)", instruction.rest):
-        body = program[called[1]]
-        sizes = [bytes_read(program, body, i, size) if size else 0 for i, size in enumerate(sizes)]
-        inner = {x.name: x.shape for x in body}
-        for x in body:
-            if x.opcode == "dynamic-update-slice" and hbm_bytes(x.shape) <= result:
-                result += hbm_bytes(inner[x.operands[1]]) - hbm_bytes(x.shape)
-    return sum(sizes) + result
-
-
-def matmul_flops(program, instruction):
-    """FLOPs of the matmuls, on a TPU they are convolutions, of bfloat16 operands inside a fusion; else 0.
-
-    Of [M, K], [K, N] → [M, N] the product of all three sizes is (M·K·N)², whatever the layout. (A batched matmul counts
-    too much by that; op_seconds takes no more than the compiler's estimate.)
-    """
-    called = re.search(r"calls=%([^\s,]+)", instruction.rest)
-    body = program[called[1]] if called else []
-    shapes, flops = {x.name: x.shape for x in body}, 0.0
-    for x in body:
-        if x.opcode in ("convolution", "dot"):
-            arrays = [re.match(r"(\w+)\[([\d,]*)\]", shape) for shape in (x.shape, *(shapes[o] for o in x.operands))]
-            if all(array[1] == "bf16" for array in arrays[1:]):
-                flops += 2 * math.sqrt(math.prod(int(n) for array in arrays for n in array[2].split(",") if n))
-        elif x.opcode == "fusion":
-            flops += matmul_flops(program, x)
-    return flops
-
-
-def group_size(rest):
-    """Devices in each replica group of a collective, in whichever of its notations."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
-        return int(iota[2])
-    listed = re.search(r"replica_groups=\{\{([\d, ]*)\}", rest)
-    return len(listed[1].split(",")) if listed else 2  # pairs of a source and a target
-
-
-def find_collective(program, shapes, x):
-    """The Collective that an instruction is, starts, or has another core run; else None."""
-    kind = x.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        called = re.search(r"(?:calls|to_apply)=%([^\s,]+)", x.rest)
-        if x.opcode not in ("fusion", "call-start", "async-start") or not called:
-            return None
-        body = program.get(called[1], [])
-        inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
-        if any(y.opcode in ("convolution", "fusion") for y in body):  # a v5e: arithmetic, beside which one goes on
-            return None
-        found = inner and find_collective(program, {y.name: y.shape for y in body}, inner)
-        if found and "all-reduce-scatter" in called[1]:  # each chip keeps its part of a sum: half of the way
-            found = found._replace(kind="reduce-scatter", hops=found.hops // 2)
-        return found
-    local = sum(hbm_bytes(re.sub(r"S\(\d+\)", "", shapes.get(operand, ""))) for operand in x.operands)
-    chips = group_size(x.rest)
-    phases = re.search(r"phase_rings(.*?)\]|cores:\{([^}]*)\}", x.rest)
-    sizes = re.findall(r'"core_count":"(\d+)"', phases[1]) if phases and phases[1] else []
-    sizes = sizes or (re.findall(r"\d+", phases[2]) if phases and phases[2] else [chips])
-    colors = re.search(r"colors:(\d+)", x.rest)
-    rings = x.rest.count('"phase_rings"') or (int(colors[1]) if colors and "UniDirection" in x.rest else 2)
-    hops = sum(int(n) // min(rings, 2) for n in sizes) * (2 if kind == "all-reduce" else 1)
-    return Collective(kind, local * chips if kind == "all-gather" else local, chips, rings, hops)
-
-
-def total_cycles(ops):
-    return sum(op.times * op.cycles for op in ops)
-
-
-def schedule(text):
-    """[Op] of a compiled program in the order in which they run, those in loops with how often."""
-    program, entry = read_program(text)
-
-    def walk(name, times):
-        shapes = {x.name: x.shape for x in program[name]}
-        for x in program[name]:
-            if x.opcode == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', x.rest)
-                condition = program[re.search(r"condition=%([^\s,]+)", x.rest)[1]]
-                bounds = [int(c.rest.split(")")[0]) for c in condition if re.match(r"\d+\)", c.rest)]
-                body = re.search(r"body=%([^\s,]+)", x.rest)[1]
-                yield from walk(body, times * (int(trips[1]) if trips else max([1, *bounds])))
-            elif x.opcode == "conditional":  # the longest of its branches
-                branches = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
-                names = re.findall(r"%([^\s,}]+)", branches[1] if branches else "")
-                yield from max((list(walk(branch, times)) for branch in names), key=total_cycles, default=[])
-            elif x.opcode not in NO_WORK:
-                scope = re.search(r'op_name="([^"]*)"', x.rest)
-                cycles = re.search(r'"estimated_cycles":"(\d+)"', x.rest)
-                cycles = int(cycles[1]) if cycles and int(cycles[1]) != NO_ESTIMATE else 0
-                scope = scope[1] if scope else ""
-                moved, flops = traffic(program, shapes, x), matmul_flops(program, x)
-                sent = find_collective(program, shapes, x)
-                yield Op(x.name, x.opcode, scope, times, cycles, moved, flops, x.operands, x.rest, sent)
-
-    return list(walk(entry, 1))
-
-
-# %% Splash kernels cellView="form" tags=["shared"]
-# @title Splash kernels
-# Cycles that an active block takes by the kernel's own instruction schedule (benchmarks/kernel_cycles.py), for blocks
-# of 128, 256, 512 and 1024 tokens at head_dim 128 and 256; bfloat16, T=2048. 64 costs what 128 does.
-BLOCK_SIZES = 128, 256, 512, 1024
-BLOCK_CYCLES = {
-    ("v6e", "fwd"): {128: (233, 563, 912, 3482), 256: (326, 596, 962, 3566)},
-    ("v6e", "dkv"): {128: (237, 654, 1275, 4517), 256: (370, 715, 1327, 4588)},
-    ("v6e", "dq"): {128: (197, 458, 1009, 3624), 256: (274, 490, 1041, 3799)},
-    ("v5e", "fwd"): {128: (254, 508, 1188, 4796), 256: (367, 622, 2151, 8650)},
-    ("v5e", "dkv"): {128: (238, 725, 1860, 6950), 256: (417, 1021, 3769, 14368)},
-    ("v5e", "dq"): {128: (244, 521, 1467, 5671), 256: (345, 801, 2997, 11485)},
-}  # fmt: skip
-WINDOW_FACTOR = {  # the mask of a window has one comparison more: blocks of 512 and 1024; smaller ones do not show it
-    ("v6e", "fwd"): (1.11, 1.36), ("v6e", "dkv"): (1.13, 1.07), ("v6e", "dq"): (1.18, 1.16),
-    ("v5e", "fwd"): (1.00, 1.07), ("v5e", "dkv"): (1.03, 1.02), ("v5e", "dq"): (1.02, 1.03),
-}  # fmt: skip
-STEP_CYCLES = {"v6e": 220, "v5e": 180}  # of a step of the grid, whether or not its block is active
-ROW_CYCLES = {  # for each token of a row of blocks: its start and its end
-    ("v6e", "fwd"): 0.5, ("v6e", "dkv"): 0.25, ("v6e", "dq"): 0.13,
-    ("v5e", "fwd"): 1.0, ("v5e", "dkv"): 0.45, ("v5e", "dq"): 0.22,
-}  # fmt: skip
-STEP_SECONDS = 0.5e-6  # the least that a step of the grid takes: from published times with blocks of 128, 256 and 512
-
-
-def splash_seconds(op, chip, windows):
-    """Seconds of one splash kernel, or None if `op` is another kernel."""
-    blocks = {name: int(size) for name, size in re.findall(r'\\"(block_\w+)\\": (\d+)', op.rest)}
-    kernel = next((kind for kind in ("dkv", "dq", "fwd") if f"splash_mha_{kind}" in op.name + op.scope), None)
-    operands = re.findall(r"(\w+)\[([\d,]+)\]", op.rest.partition("operand_layout_constraints={")[2])
-    if not (kernel and blocks and operands):
-        return None
-    grid = [int(n) for n in operands[0][1].split(",")]  # the mask: what blocks there are, the width of a row of them
-    dtype, *heads, T, H = next((d, *map(int, s.split(","))) for d, s in operands if d in ("bf16", "f32"))
-    suffix = "" if kernel == "fwd" else f"_{kernel}"
-    block_q, block_kv = blocks["block_q" + suffix], blocks["block_kv" + suffix]
-    layer = re.search(r"layer_(\d+)", op.scope)
-    window = windows[int(layer[1])] if layer else max(windows)
-    active = sum(
-        q + block_q - 1 >= kv and q - (kv + block_kv - 1) <= window  # some query of the block sees some key of it
-        for q in range(0, T, block_q)
-        for kv in range(0, T, block_kv)
-    )
-    i = min(range(4), key=lambda i: abs(math.log(block_q * block_kv / BLOCK_SIZES[i] ** 2)))
-    cycles = BLOCK_CYCLES[chip, kernel][256 if H > 192 else 128][i] * block_q * block_kv / BLOCK_SIZES[i] ** 2
-    if window < T and i >= 2:
-        cycles *= WINDOW_FACTOR[chip, kernel][i - 2]
-    clock, steps = CHIPS[chip].clock, math.prod(grid[-2:])
-    busy = max((STEP_CYCLES[chip] + cycles) / clock, STEP_SECONDS)
-    idle = max(STEP_CYCLES[chip] / clock, STEP_SECONDS)
-    row = ROW_CYCLES[chip, kernel] * T / clock  # all rows of blocks
-    return math.prod(heads) * (active * busy + max(0, steps - active) * idle + row)
-
-
-# %% Our kernels cellView="form" tags=["shared"]
-# @title Our kernels
-BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
-
-
-def bundles(path):
-    """[(depth of the loop that it is in, text)] of each bundle of instructions in the schedule that the compiler writes
-    of a kernel. A bundle takes one cycle if nothing stalls."""
-    found = []
-    for line in path.read_text(errors="replace").split("\n"):
-        if match := BUNDLE.match(line):
-            found.append([match[1].count(">"), match[2]])
-        elif found:
-            found[-1][1] += line
-    return found
-
-
-def branches(schedule):
-    """[(first bundle, number of bundles)] in the grid's loop that a predicated branch can jump over, the long ones."""
-    ends, found = {}, []
-    for i, (_, text) in enumerate(schedule):
-        for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
-            ends.setdefault(region, i)
-    for i, (depth, text) in enumerate(schedule):
-        branch = re.search(r"sbr\.rel \([^)]*\) target (?:= \$region|bundleno = .*?region = )(\d+)", text)
-        if branch and depth and ends.get(branch[1], 0) > i + 20:
-            found.append((i + 1, ends[branch[1]] - i))
-    return found
-
-
-def program_cycles(schedule, group):
-    """Cycles of one program of fused attention. What only one query head of a group does counts 1/group."""
-    found = branches(schedule)
-    start, size = max(found, key=lambda branch: branch[1])  # the program, if one is left to do
-    once = sum(n for i, n in found if start < i and i + n < start + size)
-    return sum(depth > 0 for depth, _ in schedule) - once * (1 - 1 / group)
-
-
-def attention_seconds(config, chip):
-    """{(kernel, window): seconds} of fused attention in one layer, from the schedules of its kernels, compiled alone.
-    Empty where the model uses another kernel."""
-    T, H = config.seq_len, config.head_dim
-    if config.attn_impl not in ("auto", "fused") or not fits_vmem(T, H):
-        return {}
-    heads = config.n_head, config.kv_heads, tuple(dict.fromkeys(config.windows))
-    rows = config.device_batch_size * config.n_head
-    alone = config.replace(mesh=(1, 1), device_batch_size=1, total_batch_size=-1)
-    return {key: rows * seconds for key, seconds in program_seconds(alone, chip, *heads).items()}
-
-
-@functools.lru_cache
-def program_seconds(config, chip, N, K, windows):
-    """{(kernel, window): seconds} of one query head and sequence; compiled once for each model and chip."""
-    T, H, found = config.seq_len, config.head_dim, {}
-    shapes = [jax.ShapeDtypeStruct((2 * T, n * H), config.compute_dtype) for n in (N, K, K, N)]
-    for window in windows:
-
-        def step(q, k, v, g, window=window):
-            y, pullback = jax.vjp(lambda *qkv: attend(config, *qkv, T, window), q, k, v)
-            return y, *pullback(g)
-
-        with tempfile.TemporaryDirectory() as folder:
-            compile_for(chip, step, shapes, schedules=folder)
-            for path in Path(folder).glob("*attention_*_kernel*-final_bundles.txt"):
-                if "schedule-analysis" not in path.name:
-                    kernel = re.search(r"attention_\w+?_kernel", path.name)[0]
-                    found[kernel, window] = program_cycles(bundles(path), N // K) / CHIPS[chip].clock
-    return found
-
-
-# %% Communication cellView="form" tags=["shared"]
-# @title Communication
-def links_within(group, slice_):
-    """Links that the worst placed chip of a group [(x, y)] has to others of it. Only an axis of 16 chips is a ring."""
-    group = {tuple(chip) for chip in group}
-
-    def near(chip):
-        for axis, step in itertools.product((0, 1), (-1, 1)):
-            other = list(chip)
-            other[axis] += step
-            yield tuple(n % 16 if size == 16 else n for n, size in zip(other, slice_, strict=True))
-
-    return max(1, min(len(group.intersection(near(chip)) - {chip}) for chip in group))
-
-
-def links_of_groups(chips, slice_):
-    """{chips in a group: links_within it} for all chips of a mesh, its rows and its columns: [data][fsdp] → (x, y)."""
-    columns = list(zip(*chips, strict=True))
-    groups = [*chips, *columns, list(itertools.chain(*chips))]
-    sizes = {len(group) for group in groups} - {1}
-    return {n: min(links_within(group, slice_) for group in groups if len(group) == n) for n in sizes}
-
-
-def link_seconds(sent, chip, links):
-    """Seconds of a Collective, if nothing else uses the links: rings in both directions, the worst placed chip decides.
-
-    A chip receives (n-1)/n of the whole; of a sum, twice: the parts are summed, then gathered. An all-to-all is counted
-    as a gather, which is too much.
-    """
-    shares = {"all-reduce": 2 * (sent.chips - 1) / sent.chips, "collective-permute": 1}
-    share = shares.get(sent.kind, (sent.chips - 1) / sent.chips)
-    return share * sent.size / (min(sent.rings, links) * CHIPS[chip].link) + sent.hops * HOP
-
-
-class Wait(NamedTuple):
-    """A collective of the schedule: seconds that it takes, and those of them in which the chip does nothing else."""
-
-    op: Op
-    sent: Collective
-    seconds: float
-    exposed: float
-
-
-def waits(ops, seconds, chip, links):
-    """[Wait] of the collectives among `ops`, which take `seconds` where they are arithmetic, in the order of the chip.
-
-    One collective has the links at a time. It begins where it is started, when those before it are done, and the chip
-    waits where its result is asked for, unless the arithmetic in between took longer.
-    """
-    now, free, running, found = 0.0, 0.0, {}, []
-    for op, own in zip(ops, seconds, strict=True):
-        verb = re.search("(?:^async-collective|-)(start|update|done)", op.name if op.opcode == "fusion" else op.opcode)
-        verb = verb[1] if verb else ""
-        source = op.name.replace("done", "start") if op.opcode == "fusion" else next(iter(op.operands), None)
-        if op.collective or source in running:
-            first, sent, done = running.pop(source, (op, op.collective, None))
-            needs = link_seconds(sent, chip, links.get(sent.chips, 2))
-            if verb != "done" and op.operands:  # what it sends is there
-                free = done = max(now, free) + needs
-            if verb in ("start", "update"):
-                running[op.name] = first, sent, done
-                continue
-            exposed = max(0.0, done - now)
-            found.append(Wait(first, sent, needs, exposed))
-            now += exposed
-        now += own
-    return found
-
-
-# %% Estimate cellView="form" tags=["shared"]
-# @title Estimate
-REACHED_BANDWIDTH, REACHED_MATMUL = 0.85, 0.70  # of the data sheet: published matmuls reach 68 to 70% of a v6e's peak
-
-
-def component(op):
-    """(component, 'forward' | 'backward') of an op, by its named scopes."""
-    direction = "backward" if re.search(r"transpose\(|rematted", op.scope) else "forward"
-    if (
-        op.opcode == "custom-call"
-        and "tpu_custom_call" in op.rest
-        and re.search("splash|attention", op.name + op.scope)
-    ):
-        return "attention kernel", "backward" if re.search("dkv|dq|bwd|backward", op.name + op.scope) else direction
-    scopes = ("optimizer", "lm_head", "loss", "attn", "mlp", "embed")
-    found = next((scope for scope in scopes if re.search(rf"(^|[/(]){scope}[/)]", op.scope)), "other")
-    names = {"lm_head": "head and loss", "loss": "head and loss", "attn": "attention", "embed": "embedding"}
-    return names.get(found, found if found != "mlp" else "MLP"), direction
-
-
-def op_seconds(op, chip):
-    """Seconds of an op that runs by itself: the slowest of HBM, matrix unit and vector unit.
-
-    The compiler adds a matmul's epilogue to the matmul. On the chip the two overlap where the operands are bfloat16.
-    """
-    cycles = op.cycles / CHIPS[chip].clock
-    matmul = min(op.matmul_flops / (REACHED_MATMUL * peak_flops(CHIPS[chip].kind)), cycles)
-    return max(op.traffic / (REACHED_BANDWIDTH * CHIPS[chip].bandwidth), matmul, cycles - matmul)
-
-
-def kernel_seconds(op, chip, windows, ours):
-    """Seconds of a Pallas kernel, or None if it is not known; `ours` as by attention_seconds."""
-    if kernel := re.search(r"attention_\w+?_kernel", f"{op.name} {op.scope}"):
-        layer = re.search(r"layer_(\d+)", op.scope)
-        window = windows[int(layer[1])] if layer else max(windows)
-        return max(ours[kernel[0], window], op_seconds(op, chip)) if (kernel[0], window) in ours else None
-    return splash_seconds(op, chip, windows)
-
-
-def timeline(text, chip, windows, ours=types.MappingProxyType({}), links=types.MappingProxyType({})):
-    """({(component, direction): seconds}, [names of kernels that could not be counted], [Wait]) of a compiled program.
-
-    `windows`: of each layer; `ours`: what attention_seconds found; `links`: by links_of_groups.
-    """
-    parts, unknown, ops, seconds = collections.Counter(), [], schedule(text), []
-    for op in ops:
-        own = 0.0
-        if "tpu_custom_call" in op.rest:
-            own = kernel_seconds(op, chip, windows, ours)
-            if own is None:
-                unknown.append(op.name)
-                own = op_seconds(op, chip)  # its bytes alone
-        elif not op.collective and not re.search("-(start|done|update)$", op.opcode):  # those run beside the arithmetic
-            own = op_seconds(op, chip)
-        seconds.append(own)
-        if own:
-            parts[component(op)] += op.times * own
-    found = waits(ops, seconds, chip, links)
-    for wait in found:
-        direction = "backward" if "reduce" in wait.sent.kind else component(wait.op)[1]  # gradients are summed
-        parts["communication", direction] += wait.op.times * wait.exposed
-    return parts, unknown, found
-
-
-def estimate(text, chip, windows, ours=types.MappingProxyType({})):
-    """The first two of timeline: of a program for one chip."""
-    return timeline(text, chip, windows, ours)[:2]
-
-
-# %% Report cellView="form" tags=["shared"]
-# @title Report
-def describe_memory(config, chip, compiled):
-    """Prints the peak of the step on each chip, and what the compiler tells about its parts; returns it, in bytes."""
-    weights = 4 * count_params(config)["total"] // config.mesh_shape[1]
-    parts = {"weights": weights, "moments": 2 * weights}
-    parts["the rest of the arguments"] = compiled.arguments - 3 * weights
-    if config.grad_accum_steps > 1:
-        parts["accumulated gradients"] = weights
-    parts["activations, gradients, bfloat16 weights"] = compiled.peak - sum(parts.values())
-    split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
-    where = "at its peak" if config.devices == 1 else "on each chip at its peak"
-    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {CHIPS[chip].hbm / 2**30:.2f} {where}: {split}")
-    return compiled.peak
-
-
-def describe_time(config, chip, seconds):
-    """Prints what an estimated step of `seconds` means for the run; returns tokens per second of all chips, and MFU."""
-    kind, steps = CHIPS[chip].kind, config.total_steps
-    rate, hours = config.tokens_per_step / seconds, steps * seconds / 3600
-    mfu = flops_per_token(config) * rate / peak_flops(kind) / config.devices
-    each = f", {rate / config.devices:,.0f} a chip" if config.devices > 1 else ""
-    print(
-        f"time    {seconds * 1e3:.1f} ms a step of {config.tokens_per_step:,} tokens: {rate:,.0f} tok/s{each}, "
-        f"MFU {mfu:.1%}"
-    )
-    print(f"        (6 FLOPs a matmul weight, 12·N·H a visible key; of {peak_flops(kind) / 1e12:.0f} TFLOP/s)")
-    run = f"run     {steps:,} steps, {steps * config.tokens_per_step / 1e9:,.2f}B tokens: {format_time(3600 * hours)}"
-    if CHIPS[chip].credits and config.devices == 1:
-        credits = hours * CHIPS[chip].credits
-        run += f", {credits:,.1f} credits, ${credits * DOLLARS_PER_CREDIT:,.2f}"
-    print(f"{run}; evaluations, samples and compilation not included")
-    return rate, mfu
-
-
-def show_parts(parts):
-    """Prints a table of {(component, direction): seconds}."""
-    total = sum(parts.values())
-    rows = collections.defaultdict(dict)
-    for (name, direction), seconds in parts.items():
-        rows[name][direction] = seconds
-    print(f"{'ms':>24} {'forward':>9} {'backward':>9} {'share':>7}")
-    for name, row in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
-        forward, backward = (row.get(direction, 0) for direction in ("forward", "backward"))
-        print(f"{name:>24} {1e3 * forward:9.2f} {1e3 * backward:9.2f} {(forward + backward) / total:7.1%}")
-
-
-def describe_parts(parts, unknown):
-    """Prints the table of time per component, and what it leaves out."""
-    show_parts(parts)
-    print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
-    print("kernels are counted from their static schedules; copies that run beside arithmetic are not counted")
-    if unknown:
-        print(f"NOT counted but for their bytes: the kernels {', '.join(sorted(unknown)[:4])}, {len(unknown)} in all")
-
-
-def describe_waits(config, chip, found, seconds):
-    """Prints how long the chips of a mesh send each other data, how much of it the step of `seconds` waits for, and the
-    collectives that it waits for longest."""
-    if config.devices == 1:
-        return
-    sent, exposed = (sum(w.op.times * getattr(w, name) for w in found) for name in ("seconds", "exposed"))
-    print(f"send    {1e3 * sent:.2f} ms a step, of which {1e3 * exposed:.2f} are not beside arithmetic: "
-          f"{exposed / seconds:.1%} of the step; links of {CHIPS[chip].link / 1e9:.0f} GB/s one way")  # fmt: skip
-    groups = collections.defaultdict(list)
-    for w in found:
-        groups[w.sent.kind, w.sent.size, w.sent.chips].append(w)
-    ranked = sorted(groups.items(), key=lambda item: -sum(w.op.times * w.exposed for w in item[1]))
-    for (kind, size, chips), same in ranked[:4]:
-        times = sum(w.op.times for w in same)
-        waited = sum(w.op.times * w.exposed for w in same)
-        print(f"{1e3 * waited:12.2f} ms exposed: {times} × {kind} of {size / 1e6:,.1f} MB over {chips} chips, "
-              f"{1e3 * same[0].seconds:.2f} ms each")  # fmt: skip
-    print("        published: the links' speed; the compiler's: which collectives, of what size, in which rings, when;")
-    print(f"        assumed: full speed, {HOP * 1e6:.0f} µs a hop, one collective at a time, none slows the arithmetic")
-
-
-def plot_parts(parts, title, path):
-    """Horizontal bars of milliseconds per component, forward and backward, saved to `path`."""
+        yield
+    except (InputError, KeyboardInterrupt) as error:
+        if IN_NOTEBOOK:
+            raise
+        interrupted = "interrupted; the same command goes on from the newest checkpoint, if there is one"
+        print(f"error: {error}" if isinstance(error, InputError) else interrupted, file=sys.stderr, flush=True)
+        if sys.excepthook is not sys.__excepthook__:  # one of several hosts: an orderly exit would wait for the others
+            os._exit(2)
+        raise SystemExit(2 if isinstance(error, InputError) else 130) from None
+
+
+# %% Memory of a step cellView="form" tags=["shared"]
+# @title Memory of a step
+def memory_of_step(config):
+    """Returns the bytes that train_step takes on a device, by its compiler: state, batch and temporaries."""
+    mesh = device_mesh(config) if config.devices > 1 else None
+
+    def placed(x, *spec):
+        place = sharding(config, *spec, mesh=mesh) if mesh else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    state = jax.tree.map(lambda x: placed(x, *weight_spec(config, x.shape)), state_shapes(config))
+    tokens = placed(jax.ShapeDtypeStruct(config.batch_shape, jnp.int32), None, ROWS)
+    memory = train_step.lower(config, state, tokens, tokens).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+# %% Compressors cellView="form" tags=["shared"]
+# @title Compressors
+def compressor_bpb(text):
+    """Returns the bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
+    import lzma
+
+    data = text.encode()
+    packed = {
+        "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+        "zstd -19 --ultra": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
+    }
+    return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
+
+
+# %% Positions and surprise cellView="form" tags=["shared"]
+# @title Positions and surprise
+def plot_positions(by_position, path):
+    """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
     from matplotlib.figure import Figure
 
-    names = sorted({name for name, _ in parts}, key=lambda name: sum(s for (n, _), s in parts.items() if n == name))
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes, left = figure.subplots(), np.zeros(len(names))
-    for direction in ("forward", "backward"):
-        width = np.array([1e3 * parts.get((name, direction), 0) for name in names])
-        axes.barh(names, width, left=left, label=direction)
-        left += width
-    axes.set_xlabel("ms a step, estimate")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).astype(int)) - 1
+    means = [by_position[a:b].mean() for a, b in itertools.pairwise(edges)]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(means, edges + 1, baseline=None, color="tab:blue")
+    axes.set(xscale="log", xlabel="position in the context", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
-# %% What would fit cellView="form" tags=["shared"]
-# @title What would fit
-def largest_batch(config, topology, needed):
-    """The largest device_batch_size that fits and keeps the tokens of a step, found by compiling; None if not even 1.
+def surprise(config, params, tokenizer, text):
+    """Returns [(bytes of a token, its bits)] of the first T tokens of a text, each given BOS and those before it."""
+    ids = encode_document(tokenizer, text)[: config.seq_len + 1]
+    _, B, T = config.batch_shape  # the shape of an evaluation: nothing is compiled
+    tokens, targets = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
+    tokens[0, : len(ids) - 1], targets[0, : len(ids) - 1] = ids[:-1], ids[1:]
+    weights, pair = evaluation_weights(config, params), put(config, (tokens, targets), ROWS)
+    losses = np.asarray(evaluation_step(config, weights, *pair)[1])[0]
+    pieces = [tokenizer.decode_single_token_bytes(token) for token in ids[1:]]
+    return [(piece, float(loss) / math.log(2)) for piece, loss in zip(pieces, losses, strict=False)]
 
-    `needed`: bytes that the one which did not fit would have taken, to begin near the answer; or None.
+
+def surprise_html(costs):
+    """Returns the costs of `surprise` as HTML: the redder a token, the more bits; the pointer shows how many.
+
+    A character that is split between tokens is shown by the last of them, with the bits of all.
     """
-    rows = config.tokens_per_step // config.seq_len // config.devices  # of a chip
-    sizes = [b for b in range(config.device_batch_size - 1, 0, -1) if rows % b == 0]
-
-    def fits(b):
-        print(f"        device_batch_size={b} …", end=" ", flush=True)
+    spans, held, bits = [], b"", 0.0
+    for piece, cost in costs:
+        held, bits = held + piece, bits + cost
         try:
-            compile_step(config.replace(device_batch_size=b, total_batch_size=config.tokens_per_step), topology)
-        except CompileError as error:
-            print(reason(error)[0])
-            return False
-        print("fits")
-        return True
-
-    hbm = CHIPS[parse_topology(topology)[0]].hbm
-    guess = config.device_batch_size * hbm / needed if needed else config.device_batch_size / 2
-    i = next((i for i, b in enumerate(sizes) if b <= guess), len(sizes) - 1)
-    if not sizes:
-        return None
-    if fits(sizes[i]):
-        while i > 0 and fits(sizes[i - 1]):
-            i -= 1
-        return sizes[i]
-    return next((b for b in sizes[i + 1 :] if fits(b)), None)
+            text = held.decode()
+        except UnicodeDecodeError:
+            if len(held) < 4:
+                continue
+            text = held.decode(errors="replace")
+        color = f"rgba(220, 50, 30, {min(bits, 16) / 20:.2f})"
+        words = html.escape(text).replace("\n", "↵<br>")
+        spans.append(f'<span title="{bits:.1f} bits" style="background: {color}">{words}</span>')
+        held, bits = b"", 0.0
+    style = "font: 15px/1.7 Georgia, serif; color: #111; background: #fff; padding: 1em; max-width: 50em"
+    return f'<div style="{style}">{"".join(spans)}</div>\n'
 
 
-# %% Preflight cellView="form" tags=["shared"]
-# @title Preflight
-def ask(config, topology):
-    """(Compiled, *timeline) of the step. CompileError if the compiler refuses it."""
-    chip, slice_ = parse_topology(topology)
-    compiled = compile_step(config, topology)
-    ours, links = attention_seconds(config, chip), links_of_groups(compiled.chips, slice_)
-    return compiled, *timeline(compiled.text, chip, config.windows, ours, links)
-
-
-def communication(parts):
-    """Seconds of a step in which a chip waits for others."""
-    return sum(seconds for (name, _), seconds in parts.items() if name == "communication")
-
-
-def preflight(config, topology="v6e"):
-    """Compiles the train step for a chip ('v6e', 'v5e') or a slice of several ('v6e:2x4'), and prints whether it fits,
-    how fast it will be and what the run will cost.
-
-    Returns {'fits', 'reason'} and, if it fits, {'peak': bytes a chip, 'seconds': of a step, 'tokens_per_second': of all
-    chips, 'mfu', 'parts': {(component, direction): seconds}, 'exposed': seconds of communication that nothing hides,
-    'unknown': [kernels that were not counted], 'picture': path}, else {'device_batch_size': the largest that fits, or
-    None}. InputError if this machine cannot compile for a TPU, or if config.mesh does not suit the topology.
-    """
-    chip, _ = parse_topology(topology)
-    config = on_topology(config, topology)
-    started = time.perf_counter()
-    counts = count_params(config)["total"]
-    mesh = f" on each chip of a mesh {config.mesh_shape[0]} × {config.mesh_shape[1]}" if config.devices > 1 else ""
-    size = f"{counts / 1e6:,.1f}M parameters, {config.device_batch_size} × {config.seq_len} tokens"
-    print(f"preflight on {topology}: {size} × {config.grad_accum_steps} a step{mesh}", flush=True)
-    try:
-        compiled, parts, unknown, found = ask(config, topology)
-    except CompileError as error:
-        why, needed = reason(error)
-        print(f"does not compile: {why}")
-        batch = largest_batch(config, topology, needed) if "HBM" in why else None
-        if batch:
-            print(f"what fits: device_batch_size={batch}, total_batch_size={config.tokens_per_step}: the same step in "
-                  f"{config.tokens_per_step // config.seq_len // config.devices // batch} parts")  # fmt: skip
-        return {"fits": False, "reason": why, "device_batch_size": batch}
-    print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
-    peak = describe_memory(config, chip, compiled)
-    seconds = sum(parts.values())
-    rate, mfu = describe_time(config, chip, seconds)
-    describe_waits(config, chip, found, seconds)
-    describe_parts(parts, unknown)
-    title = f"{topology}: {seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
-    picture = Path(config.run_dir).parent / f"preflight-{topology.replace(':', '-')}.png"
-    print(f"picture {plot_parts(parts, title, picture)}", flush=True)
-    return {
-        "fits": True, "reason": "", "peak": peak, "seconds": seconds, "tokens_per_second": rate, "mfu": mfu,
-        "parts": dict(parts), "exposed": communication(parts),
-        "unknown": unknown, "picture": picture,
-    }  # fmt: skip
-
-
-# %% Scaling cellView="form" tags=["shared"]
-# @title Scaling
-def scaled(config, chips, total=None):
-    """config on so many chips: with its sequences a chip, or, where `total` is given, with `total` tokens a step, in as
-    few passes as its device_batch_size allows.
-
-    The state is split over all of them: that divides AdamW's work, too, which pays for much of the communication.
-    """
-    rows = config.device_batch_size
-    if total:
-        each = total // config.seq_len // chips
-        rows = max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
-    return config.replace(mesh=(1, chips), device_batch_size=rows, total_batch_size=total or -1)
-
-
-def scaling(config, chip="v6e", counts=(1, 8, 64)):
-    """Compiles the step for 1, 8 and 64 chips, at constant tokens a chip (weak scaling) and at constant tokens a step,
-    a sequence for each chip of the largest slice (strong scaling). Prints a table and saves a picture of it.
-
-    Returns {'a chip' | 'a step': [{'chips', 'mesh', 'tokens', 'seconds', 'rate', 'efficiency', 'exposed', 'peak'}]}:
-    efficiency is the tokens a second of each chip, over those of the first row. CompileError if one does not fit.
-    """
-    require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
-    table = collections.defaultdict(list)
-    heads = "chips", "mesh", "tokens a step", "passes", "ms", "tok/s", "efficiency", "not hidden", "GiB a chip"
-    print(f"scaling on {chip}, estimates: {count_params(config)['total'] / 1e6:,.1f}M parameters")
-    for constant, total in (("a chip", None), ("a step", max(counts) * config.seq_len)):
-        print(f"tokens {constant} constant\n" + " ".join(f"{head:>13}" for head in heads), flush=True)
-        for chips in counts:
-            now = scaled(config, chips, total)
-            compiled, parts, _, _ = ask(now, f"{chip}:{SLICES[chips]}")
-            seconds = sum(parts.values())
-            row = {"chips": chips, "mesh": now.mesh, "tokens": now.tokens_per_step, "seconds": seconds,
-                   "rate": now.tokens_per_step / seconds, "exposed": communication(parts),
-                   "peak": compiled.peak}  # fmt: skip
-            first = (table[constant] or [row])[0]
-            row["efficiency"] = row["rate"] / chips / (first["rate"] / first["chips"])
-            table[constant].append(row)
-            cells = (chips, f"{now.mesh[0]} × {now.mesh[1]}", f"{row['tokens']:,}", now.grad_accum_steps,
-                     f"{1e3 * seconds:.1f}", f"{row['rate']:,.0f}", f"{row['efficiency']:.1%}",
-                     f"{row['exposed'] / seconds:.1%}", f"{row['peak'] / 2**30:.2f}")  # fmt: skip
-            print(" ".join(f"{cell!s:>13}" for cell in cells), flush=True)
-    print(f"picture {plot_scaling(table, chip, Path(config.run_dir).parent / f'scaling-{chip}.png')}", flush=True)
-    return dict(table)
-
-
-def plot_scaling(table, chip, path):
-    """Tokens per second against chips, with the straight line of perfect scaling, saved to `path`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(table), sharey=True)
-    for panel, (constant, rows) in zip(axes, table.items(), strict=True):
-        chips, rates = ([row[name] for row in rows] for name in ("chips", "rate"))
-        panel.plot(chips, [rates[0] / chips[0] * n for n in chips], "--", color="0.6", label="perfect")
-        panel.plot(chips, rates, "o-", label="estimate")
-        for row in rows[1:]:
-            place = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            panel.annotate(f"{row['efficiency']:.0%}", (row["chips"], row["rate"]), **place)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xticks(chips, chips)
-        tokens = f"{rows[0]['tokens']:,} tokens {constant}"
-        panel.set_title(tokens, fontsize=10)
-        panel.set_xlabel(f"{chip} chips")
-        panel.legend(fontsize=8)
-    axes[0].set_ylabel("tokens a second")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-# %% Preflight from the command line cellView="form" tags=["shared"]
-# @title Preflight from the command line
-def take_options(argv, name):
-    """([value of each `--name value` or `--name=value`], the other words)."""
-    found, rest = [], []
-    for word in (words := iter(argv)):
-        option, _, value = word.partition("=")
-        if option == f"--{name}":
-            found.append(value or next(words, ""))
-        else:
-            rest.append(word)
-    return found, rest
-
-
-def preflight_option(argv):
-    """([topologies], the other options): `--preflight v6e`, `--preflight=v6e:2x4`, or `--preflight all`, the chips."""
-    found, rest = take_options(argv, "preflight")
-    found = [name for value in found for name in (CHIPS if value == "all" else [value])]
-    for name in found:
-        parse_topology(name)
-    return found, rest
-
-
-def scaling_option(argv):
-    """([chips], the other options): `--scaling v6e`."""
-    found, rest = take_options(argv, "scaling")
-    for chip in found:
-        require(chip in CHIPS, "scaling", chip, f"must be one of {', '.join(CHIPS)}")
-    return found, rest
-
-
-# %% Show TensorBoard cellView="form" tags=["shared"]
-# @title Show TensorBoard
-# The server is a process of its own. To it tensorflow is as if it were not installed, and xprof's folder comes first.
+# %% TensorBoard's server cellView="form" tags=["shared"]
+# @title TensorBoard's server
+# xprof needs a newer protobuf than Colab's, so pip installs it into a folder that only the server's process sees. To
+# that process tensorflow is as if it were not installed.
 TENSORBOARD = """#!{python}
 import sys
-sys.path[:0] = {folders}
+sys.path[:0] = ["{folder}"]
 sys.modules["tensorflow"] = None
 from tensorboard.main import run_main
 sys.exit(run_main())
@@ -4633,400 +3234,51 @@ def show_tensorboard(run):
         return
     from tensorboard import notebook
 
-    try:
-        folders = [str(install_aside("xprof"))]
-    except (InputError, OSError) as error:
-        print(f"{error}; TensorBoard will not show the trace")
-        folders = []
-    binary = cache_dir() / "tensorboard"
-    binary.write_text(TENSORBOARD.format(python=sys.executable, folders=folders))
+    folder, binary = cache_dir() / "xprof", cache_dir() / "tensorboard"
+    if not folder.exists():
+        print(f"installing xprof into {folder}, beside the runtime", flush=True)
+        part = folder.with_suffix(".part")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", part, "xprof"]
+        if subprocess.run(command, env=os.environ | {"PIP_USER": "0"}).returncode:
+            print("xprof cannot be installed; TensorBoard will not show the trace")
+        else:
+            os.replace(part, folder)
+    binary.write_text(TENSORBOARD.format(python=sys.executable, folder=folder), encoding="utf-8")
     binary.chmod(0o755)
     os.environ["TENSORBOARD_BINARY"] = str(binary)
     notebook.start(f"--logdir {shlex.quote(str(run))}")
 
 
 # %% [markdown]
-# ## Train
-
-
-# %% Read a trace cellView="form" tags=["shared"]
-# @title Read a trace
-def program_components(text):
-    """{name of an instruction: (component, direction)} of a compiled program's text. What the compiler made without a
-    word of its origin, a copy or a cast, goes with what it reads."""
-    program, _ = read_program(text)
-    scopes, instructions = {}, [x for body in program.values() for x in body]
-    for x in instructions:  # what is called, and what is read, comes first
-        called = re.search(r"(?:calls|to_apply)=%([^\s,]+)", x.rest)
-        inside = [scopes.get(y.name) for y in reversed(program[called[1]])] if called else []
-        name = re.search(r'op_name="([^"]*)"', x.rest)
-        found = [name and name[1], *inside, *(scopes.get(operand) for operand in x.operands)]
-        scopes[x.name] = next(filter(None, found), "")
-    return {
-        x.name: component(Op(x.name, x.opcode, scopes[x.name], 1, 0, 0, 0, x.operands, x.rest)) for x in instructions
-    }
-
-
-def traced_steps(run):
-    """([(start, end, thread, instruction)], steps) of the train steps in the newest trace of a run folder; nanoseconds.
-
-    InputError if there is none.
-    """
-    paths = sorted(Path(run).glob("profile/plugins/profile/*/*.xplane.pb"))
-    require(paths, "run_dir", str(run), "holds no trace; train with profile_steps above 0")
-    events, steps = [], 0
-    for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
-        lines = {line.name: list(line.events) for line in plane.lines}
-        steps += sum(event.name == "train" for found in lines.values() for event in found)
-        if plane.name.startswith("/device:TPU"):  # one line of programs, one of their operations
-            whole = [e for e in lines.get("XLA Modules", []) if e.name.startswith("jit_train_step")]
-            for e in lines.get("XLA Ops", []):
-                if any(module.start_ns <= e.start_ns < module.end_ns for module in whole):
-                    name = re.match(r"%?([\w.-]+)", e.name)[1]
-                    events.append((e.start_ns, e.end_ns, plane.name, name))
-            continue
-        runs = collections.defaultdict(list)
-        for thread, found in lines.items():
-            for e in found:
-                facts = {name: value for name, value in e.stats if name in ("hlo_op", "hlo_module", "run_id")}
-                if facts.get("hlo_module", "").startswith("jit_train_step"):
-                    event = e.start_ns, e.end_ns, f"{plane.name} {thread}", facts["hlo_op"]
-                    runs[facts.get("run_id")].append(event)
-        for found in runs.values():
-            events += found + (unseen_matmuls(found) if plane.name == "/host:CPU" else [])
-    return events, steps
-
-
-def unseen_matmuls(events):
-    """A CPU gives a matmul to a pool of threads, and the trace shows only the giving. So what seems idle between the
-    events of one run of a program is an event, too: of the matmul that was begun last."""
-    found, seen, matmul = [], None, None
-    for start, end, _, name in sorted(events):
-        if matmul and start > seen:
-            found.append((seen, start, "pool", matmul))
-        matmul = name if re.match("dot|conv|ynn", name) else matmul
-        seen = max(end, seen or end)
-    return found
-
-
-def shared_time(events):
-    """{instruction: nanoseconds} of (start, end, thread, instruction): each moment goes to the innermost event of each
-    thread, in equal parts."""
-    found, open_events, last = collections.Counter(), collections.defaultdict(list), 0
-    moments = [(start, 1, i) for i, (start, *_) in enumerate(events)] + [(e[1], 0, i) for i, e in enumerate(events)]
-    for now, opens, i in sorted(moments):
-        busy = [threads[-1] for threads in open_events.values() if threads]
-        for j in busy:
-            found[events[j][3]] += (now - last) / len(busy)
-        last, stack = now, open_events[events[i][2]]
-        stack.append(i) if opens else stack.remove(i)
-    return found
-
-
-def time_by_component(config, run):
-    """Prints where the time of the traced steps went. Returns ({(component, direction): seconds a step}, seconds a
-    step). The step is lowered once more for its names; what is compiled is in the cache."""
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of jax's reader, about itself
-        events, steps = traced_steps(run)
-    require(events and steps, "run_dir", str(run), "holds a trace without train steps")
-    state, tokens = abstract_step(config, device_mesh(config))
-    names = program_components(train_step.lower(config, state, tokens, tokens).compile().as_text())
-    parts = collections.Counter()
-    for name, nanoseconds in shared_time(events).items():
-        parts[names.get(name, ("other", "forward"))] += nanoseconds / 1e9 / steps
-    whole = (max(end for _, end, *_ in events) - min(start for start, *_ in events)) / 1e9 / steps
-    busy = sum(parts.values())
-    print(f"{steps} traced steps of {1e3 * whole:.1f} ms: busy {1e3 * busy:.1f} ms, idle {1 - busy / whole:.1%}")
-    show_parts(parts)
-    return parts, whole
-
-
-# %% Train cellView="form" tags=["shared"]
-# @title Train
-SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
-
-
-def trace_options():
-    """XProf without Python's own call stack, which is most of a trace's size and slows the host that is to be seen."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    return options
-
-
-@contextlib.contextmanager
-def stop_requests():
-    """Yields a list to which SIGTERM and SIGINT (Ctrl-C, or a notebook's stop button) add their names, in place of what
-    they do elsewhere. A second SIGINT interrupts at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    if jax.process_count() > 1:  # SIGTERM is jax's there: it lets all processes know, and agree on a step
-        numbers = ()
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def all_stop(step):
-    """Whether one of several processes has been asked to stop, and `step` is the one after which all do."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
-
-
-def open_run_together(config):
-    """open_run by the first process, for all. InputError if another one does not see the folder."""
-
-    def open_first():
-        run, checkpoint = open_run(config)
-        for rest in (run / "checkpoints").glob(".*.tmp"):  # of processes that were killed while they wrote
-            shutil.rmtree(rest, ignore_errors=True)
-        return str(run), checkpoint and str(checkpoint)
-
-    run, checkpoint = on_first(open_first)
-    seen = from_all_processes(np.array([(Path(run) / "config.json").exists()]))
-    require(seen.all(), "run_dir", config.run_dir, "must be a folder on storage that all hosts share")
-    return Path(run), checkpoint and Path(checkpoint)
-
-
-@contextlib.contextmanager
-def advice_if_diverged(run, saver):
-    """Adds the last good checkpoint, once it is written, and what may help to what Diverged says."""
-    try:
-        yield
-    except Diverged as error:
-        saver.close()
-        checkpoints = list_checkpoints(run)
-        last = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise Diverged(
-            f"{error}; {last}. Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
-        ) from None
-
-
-def describe_batch(start, stop):
-    """The documents between two positions of the loader, in words."""
-    where = f"document {start.row} (from token {start.offset}) of training shard {start.shard}"
-    return f"{where} to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
-
-
-def find_data(config):
-    """(training shards, validation shard, tokenizer). Shards are fetchers; the first one is there."""
-    shards, fetch_validation = list_shards(config)
-    announce_downloads(config, [*shards, fetch_validation])
-    for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
-        check_shard(fetch())
-    return shards, fetch_validation, find_tokenizer(config, shards[0]())
-
-
-def train(config, report=None):
-    """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics.
-
-    `report(step, values)` gets each line of metrics.jsonl as it is written; what it raises ends the training.
-    SIGTERM and KeyboardInterrupt end it after the step that runs, with a checkpoint; `stopped` names the signal then.
-    """
-    started = time.perf_counter()
-    device_mesh(config)  # are there as many devices?
-    if report is None:  # else a search has said it once
-        describe_machine(config)
-    check_alike(dataclasses.asdict(config))
-    shards, fetch_validation, tokenizer = first_process_first(lambda: find_data(config))
-    check_alike({"the tokenizers": tokenizer._mergeable_ranks})
-    validation = in_background(lambda: check_shard(fetch_validation()))
-    on_first(lambda: open_backup(config))
-    run, checkpoint = open_run_together(config)
-    if checkpoint:
-        state, meta = load_checkpoint(checkpoint, config)
-        config = keep_step_size(config, meta)
-        state = state._replace(hyper=put_hyper(config, hyperparams(config)))  # the schedule counts steps
-        if "metrics.jsonl" in meta["files"] and is_first():  # whole, whatever became of the file that was being written
-            shutil.copyfile(checkpoint / "metrics.jsonl", run / "metrics.jsonl")
-    else:
-        state, meta = init_train_state(config), {"step": 0}
-    first, total = meta["step"], config.total_steps
-    describe_run(config, run, first)
-
-    batches, result, best = None, {"loss": None, "bpb": None, "by_position": None}, meta.get("best")
-    stop_tracing = min(config.profile_start + config.profile_steps, total)
-    traced = range(config.profile_start, stop_tracing) if first <= config.profile_start and is_first() else ()
-    with contextlib.ExitStack() as stack:
-        loader = stack.enter_context(PrefetchDataLoader(config, tokenizer, shards))
-        if checkpoint:
-            loader.load_state_dict(meta.get("loader"))
-        live = stack.enter_context(wandb_run(config, run, meta.get("wandb")))
-        log = stack.enter_context(contextlib.closing(RunLog(config, run, first, report, live)))
-        saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, log.say)))
-        stack.enter_context(advice_if_diverged(run, saver))
-        trace = stack.enter_context(contextlib.ExitStack())
-        asked = stack.enter_context(stop_requests())
-        log.times["start"] = time.perf_counter() - started
-        for step in range(first, total):
-            if traced and step == traced.start:
-                with log.paused(state, "tracing"), without_tensorflow():
-                    trace.enter_context(jax.profiler.trace(str(run / "profile"), profiler_options=trace_options()))
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                place = loader.position
-                with jax.profiler.TraceAnnotation("wait for data"):
-                    tokens, targets = next(loader)
-                state, metrics = train_step(config, state, tokens, targets)
-                if due(step, config.log_interval):
-                    metrics |= state_norms(state)
-            if step == first:
-                jax.block_until_ready(state.step)
-                seconds, loss = time.perf_counter() - started, float(metrics["loss"])
-                log.times["compiling"] = seconds - log.times["start"]
-                log.say(f"first step after {seconds:.1f} s, compilation included; loss {loss:.3f}")
-            log.train_step(step, metrics, describe_batch(place, loader.position), loader.wait_seconds)
-            saver.check()
-            if traced and step == traced[-1]:
-                with log.paused(state, "tracing"), without_tensorflow():
-                    trace.close()
-
-            done, last, evaluated = step + 1, step + 1 == total, {}
-            if all_stop(done):
-                asked.append("SIGTERM")
-            if last or due(done, config.eval_interval):
-                with log.paused(state, "evaluation"):
-                    if last or not batches:  # the last evaluation takes more of the shard
-                        if validation.done() and validation.exception():
-                            validation = in_background(lambda: check_shard(fetch_validation()))  # a second chance
-                        amount = config.final_eval_tokens if last else config.eval_tokens
-                        batches = validation_batches(config, tokenizer, validation.result(), amount)
-                    result = evaluate(config, state.params, batches)
-                    log.validation(result)
-                    evaluated = {"val_loss": result["loss"]}
-                    if not best or result["loss"] < best["val_loss"]:
-                        best = {"step": done, "val_loss": result["loss"], "val_bpb": result["bpb"]}
-            if last or due(done, config.sample_interval):
-                with log.paused(state, "samples"):
-                    log.samples(generate(config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=48))
-            if last or asked or due(done, config.save_interval):
-                with log.paused(state, "saving"):
-                    saver.save(
-                        state, loader=loader.state_dict(), finished=last, best=best, wandb=live and live.id, **evaluated
-                    )
-            if asked:
-                log.say(
-                    f"{asked[0]}: stopped after step {done}; its checkpoint is kept, the same start goes on from it"
-                )
-                break
-        with log.paused(state, "saving"):
-            saver.close()
-        log.draw()
-        if live:
-            log_files(live, run, saver.newest)
-        seconds = time.perf_counter() - started
-        summary = {
-            "step": done, "loss": log.last.get("loss"), "val_loss": result["loss"], "val_bpb": result["bpb"],
-            "by_position": result["by_position"], "best": best, "stopped": asked[0] if asked and not last else "",
-            "tokens": done * config.tokens_per_step, "parameters": count_params(config),
-            **log.meter.rates(log.meter.steps, log.meter.seconds), "seconds": seconds,
-            "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": loader.wait_seconds,
-            "peak_memory": peak_memory(), "run_dir": str(run),
-        }  # fmt: skip
-    return summary
-
-
-# %% What is said before and after cellView="form" tags=["shared"]
-# @title What is said before and after
-def describe_params(counts):
-    """'3.7M parameters (embed 1.0, …)' of what count_params returns."""
-    parts = ", ".join(f"{part} {count / 1e6:.1f}" for part, count in counts.items() if part != "total")
-    return f"{counts['total'] / 1e6:.1f}M parameters ({parts})"
-
-
-def describe_machine(config):
-    """Prints the versions and the device: every report of a fault begins with these two lines."""
-    device = jax.devices()[0]
-    versions = [f"jax {jax.__version__}", f"Python {platform.python_version()}"]
-    if device.platform == "tpu":
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.insert(1, f"libtpu {importlib.metadata.version('libtpu')}")
-    elif cuda := re.search(r"cuda (\d+)", device.client.platform_version):  # 12080 is 12.8
-        versions.insert(1, f"CUDA {int(cuda[1]) // 1000}.{int(cuda[1]) % 1000 // 10}")
-    print(f"runs on {', '.join(versions)}")
-
-    kind, data, fsdp = device.device_kind, *config.mesh_shape
-    peak = f"{peak_flops(kind) / 1e12:.0f} TFLOP/s" if peak_flops(kind) else "n/a"
-    if device.platform == "cpu":
-        kind += f" ({cpu_fact('model name') or platform.machine()}, {os.cpu_count()} cores)"
-    several = f"{config.devices} × " if config.devices > 1 else ""
-    mesh = f" each; mesh: data {data}, fsdp {fsdp}" if several else ""
-    print(f"device  {several}{kind}, {config.compute_dtype}, peak {peak}{mesh}", flush=True)
-    if jax.process_count() > 1:
-        print(f"hosts   {jax.process_count()}; the first one logs")
-
-
-def describe_run(config, run, first):
-    """Prints the model, the data and the folder of a run that begins at step `first`."""
-    counts, steps = count_params(config), config.total_steps
-    tokens = steps * config.tokens_per_step / 1e6
-    print(f"model   {describe_params(counts)}")
-    print(f"work    {steps:,} steps × {config.tokens_per_step:,} tokens = {tokens:,.1f}M tokens of {config.dataset}")
-    print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
-
-
-def show_summary(summary):
-    """Prints what train returned, as a table."""
-    files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
-    if summary["stopped"]:
-        print(f"stopped by {summary['stopped']} after {summary['step']:,} steps; start the same again to go on")
-    print(f"model   {describe_params(summary['parameters'])}")
-    print(f"tokens  {summary['tokens']:,} in {summary['step']:,} steps")
-    if summary["val_loss"]:
-        best = summary["best"]
-        print(f"loss    {summary['val_loss']:.4f} nats per token on the validation shard")
-        print(f"bpb     {summary['val_bpb']:.4f} bits per byte; best {best['val_bpb']:.4f} at step {best['step']:,}")
-    print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
-    times = ", ".join(f"{what} {seconds:.1f}" for what, seconds in summary["times"].items() if seconds >= 0.05)
-    print(f"time    {format_time(summary['seconds'])} in all; seconds: {times}")
-    print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
-    print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
-    print(f"files   {summary['run_dir']}: {files}")
-
-
-# %% [markdown]
 # # Run
 #
-# Everything above only defined things. `Config.for_device()` is the 369M model on a TPU or GPU, and the demo on a
-# CPU; change what you like with `config.replace(...)`. As a script, every field is an option:
-# `python 04_maxtext.py --n_head 4 --num_iterations 200`.
+# `Config.for_device()` is the 369M model on a TPU or GPU, and the demo on a CPU. Change it with `config.replace(...)`.
+# As a script, every field is an option, and `--preset` names another size: `python 04_maxtext.py --preset small`.
 
 # %% Configure tags=["run"]
 with one_line_errors():
-    topologies, options = preflight_option([] if IN_NOTEBOOK else sys.argv[1:])
-    chips, options = scaling_option(options)
-    preset, options = preset_option(options)
-    if not (topologies or chips):
-        join_hosts()
-    default = preset or (Config() if topologies or chips else Config.for_device())
-    help_ = "--preflight v6e | v5e | v6e:2x4 | all: ask the TPU's compiler, train nothing; --scaling v6e | v5e: ask it "
-    help_ += f"about 1, 8 and 64 chips; --preset {' | '.join(PRESETS)}: another size to begin with"
-    config = parse_args(options, default, help_)
+    join_hosts()
+    preset, options = preset_option([] if IN_NOTEBOOK else sys.argv[1:])
+    help_ = f"--preset {' | '.join(PRESETS)}: another size to begin with"
+    config = parse_args(options, preset or Config.for_device(), help_)
 
 # %% [markdown]
-# Choose a chip to ask its compiler, on this machine, about the reference model or about any Config of yours.
-# As a script: `python 04_maxtext.py --preflight v6e`, with other options as you like.
+# ## Does it fit?
+#
+# The compiler knows before the first step how much memory it takes.
+# [05_preflight](https://github.com/tpuchat/tpuchat/blob/main/05_preflight.py) asks it about a chip that is not here.
 
-# %% Ask the compiler tags=["run"]
-PREFLIGHT = ""  # @param ["", "v6e", "v5e", "v6e:2x4", "v5e:2x4", "v6e:8x8"]
-if PREFLIGHT:
-    from IPython.display import Image, display
+# %% Does it fit? tags=["run"]
+if IN_NOTEBOOK:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    of = f" of {limit / 2**30:.2f} GiB" if limit else ""
+    print(f"a step takes {memory_of_step(config) / 2**30:.2f} GiB{of} on each device; the compiled program is kept")
 
-    report = preflight(Config(), PREFLIGHT)
-    if report["fits"]:
-        display(Image(str(report["picture"])))
-if topologies or chips:
-    with one_line_errors():
-        fits = all([preflight(config, topology)["fits"] for topology in topologies])
-        for chip in chips:
-            scaling(config, chip)
-    raise SystemExit(not fits)
+# %% [markdown]
+# ## Train
+#
+# **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
+# slowly, and once more in the warmdown, when the learning rate falls.
 
 # %% Train it tags=["run"]
 with one_line_errors():
@@ -5035,33 +3287,13 @@ show_summary(summary)
 if summary["stopped"] and not IN_NOTEBOOK:
     raise SystemExit(128 + signal.Signals[summary["stopped"]])
 if jax.process_count() > 1:
-    raise SystemExit  # what follows looks at the model, on one host
+    raise SystemExit  # the cells below look at the model on one host
 
 # %% [markdown]
-# **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
-# slowly, and once more in the warmdown, when the falling learning rate lets the weights settle. If the end of the
-# curve is still falling, more steps would pay.
-
-# %% [markdown]
-# ## Is that any good?
+# ## What came out
 #
-# A language model is a compressor: its bits per byte are the size to which an arithmetic coder driven by its
-# predictions would shrink the text. So there is a yardstick in every Unix box. It is not a fair fight: the model has
-# read a training set first and its own weights are not counted, while `xz` and `zstd` begin with nothing. But a model
-# that loses it has learned nothing.
-
-
-# %% Compressors cellView="form" tags=["shared"]
-# @title Compressors
-def compressor_bpb(text):
-    """Bits per byte of `xz -9e` and `zstd -19 --ultra` on `text`."""
-    data = text.encode()
-    packed = {
-        "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-        "zstd -19 --ultra": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
-    }
-    return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
-
+# Bits per byte beside those of two compressors; the loss at each position of the context; the bits that each token of
+# a passage cost. 02_train.py explains how to read them.
 
 # %% Compare tags=["run"]
 shards, fetch_validation = list_shards(config)
@@ -5070,30 +3302,25 @@ sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded sh
 for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
     print(f"{name:18}{bpb:.3f} bits per byte" if bpb else f"{name:18}was not evaluated yet")
 
-# %% [markdown]
-# ## What does it know?
-#
-# **What to look for.** The curve falls as far to the right as context still helps: where it is flat, a longer context
-# would be wasted on this model. In the passage, the beginnings of names and of sentences are red, their ends are pale:
-# what follows from what was read costs little.
-
 # %% Loss by position tags=["run"]
 if summary["by_position"] is not None:
-    plot_positions(summary["by_position"], Path(summary["run_dir"]) / "loss_by_position.png")
+    picture = Path(summary["run_dir"]) / "loss_by_position.png"
+    plot_positions(summary["by_position"], picture)
     if IN_NOTEBOOK:
         from IPython.display import Image, display
 
-        display(Image(str(Path(summary["run_dir"]) / "loss_by_position.png")))
+        display(Image(str(picture)))
 
 # %% Surprise tags=["run"]
 state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
 tokenizer = find_tokenizer(config, shards[0]())
 passage = max((text for _, text in itertools.islice(read_documents(fetch_validation()), 20)), key=len)
 costs = surprise(config, state.params, tokenizer, passage)
-(Path(summary["run_dir"]) / "surprise.html").write_text('<meta charset="utf-8">\n' + surprise_html(costs))
+page = '<meta charset="utf-8">\n' + surprise_html(costs)
+(Path(summary["run_dir"]) / "surprise.html").write_text(page, encoding="utf-8")
 ordered = sorted(costs, key=lambda pair: pair[1])
-for words, found in (("least", ordered[:6]), ("most", ordered[:-7:-1])):
-    print(f"{words} surprising:", ", ".join(f"{piece.decode(errors='replace')!r} {bits:.2f}" for piece, bits in found))
+for words, some in (("least", ordered[:6]), ("most", ordered[:-7:-1])):
+    print(f"{words} surprising:", ", ".join(f"{piece.decode(errors='replace')!r} {bits:.2f}" for piece, bits in some))
 if IN_NOTEBOOK:
     from IPython.display import HTML
 
@@ -5102,66 +3329,34 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ## Ask it
 #
-# The checkpoint is what a later session would load. Temperature 0 always takes the likeliest token; higher is more
-# adventurous.
-
-# %% Samples tags=["run"]
-for text in generate(
-    config, state.params, tokenizer, SAMPLE_PROMPTS, max_new_tokens=100, temperature=0.8, top_p=0.95, speed=True
-):
-    print(text, end="\n\n")
-
-# %% [markdown]
-# Type the beginning of a text, and read three ways in which it might go on.
+# Type the beginning of a text, and read three continuations.
 
 # %% Your prompt tags=["run"]
 PROMPT = "In the beginning"  # @param {type:"string"}
 TEMPERATURE = 0.8  # @param {type:"number"}
 LENGTH = 60  # @param {type:"integer"}
-for text in generate(
-    config, state.params, tokenizer, [PROMPT] * 3, max_new_tokens=LENGTH, temperature=TEMPERATURE, speed=True
-):
-    print(text, end="\n\n")
+with one_line_errors():
+    choices = {"max_new_tokens": LENGTH, "temperature": TEMPERATURE, "top_p": 0.95}
+    for text in generate(config, state.params, tokenizer, [PROMPT] * 3, speed=True, **choices):
+        print(text, end="\n\n")
 
 # %% [markdown]
 # ## Look inside
 #
-# Where does a step's time go? The run has traced steps 15 to 20, with a name on each component. The next cell reads the
-# trace and prints the table; it needs no browser.
-#
-# **What to look for.** On a TPU, matmuls should dominate: the MLP, then attention and its kernel, then the head. A step
-# that is idle for more than a percent or two waits for its host; an `other` of more than a few percent is copies and
-# layouts, and deserves a look at the trace itself.
-
-# %% Where the time went tags=["run"]
-try:
-    time_by_component(config, summary["run_dir"])
-except InputError as error:  # it was not traced
-    print(error)
-
-# %% [markdown]
-# TensorBoard shows the curves, the norms of each part, the samples and the Config; under *Profile* lies the trace. Its
-# plugin is the package `xprof`. It needs a newer protobuf than Colab's, so in Colab it is installed beside the runtime.
-#
-# How to read it: choose *Trace Viewer*, zoom with W and S, move with A and D. In a **good** trace the rows of the
-# device are full from edge to edge, one step joins the next without a gap, and on the host the row of `train` steps
-# runs ahead of the device: it has handed out work that is not done yet. In a **bad** one the device is empty while the
-# host is in `wait for data` (too few threads, or slow storage), or in Python (something reads a result in every step);
-# or small copies stand between the matmuls. `evaluation`, `samples` and `saving` have names of their own on the host's
-# row.
+# TensorBoard has the curves, the samples, and in its *Profile* tab the XProf trace of five steps.
 
 # %% TensorBoard tags=["run"]
 show_tensorboard(summary["run_dir"])
 
 # %% [markdown]
-# ## Give the machine back
+# ## Release the runtime
 #
-# A Colab runtime costs compute units until it is released, also when nothing runs. Tick the box before *Run all* for a
-# long run: when everything above is done, the runtime goes. What is in `backup` stays; what is only on its disk goes.
+# A Colab runtime costs compute units until it is released. Tick the box before *Run all* for a long run. What is in
+# `backup` stays; what is only on the runtime's disk goes.
 
 # %% Release the runtime tags=["run"]
 RELEASE = False  # @param {type:"boolean"}
 if RELEASE and "google.colab" in sys.modules:
-    from google.colab import runtime
+    from google.colab import runtime as colab_runtime
 
-    runtime.unassign()
+    colab_runtime.unassign()

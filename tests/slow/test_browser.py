@@ -6,9 +6,9 @@ import sys
 
 import pytest
 from PIL import Image
+from tests.test_train import tiny
 
 from tests.conftest import ROOT
-from tests.test_train import tiny
 
 pytest.importorskip("selenium", reason="needs a browser: pip install selenium")
 

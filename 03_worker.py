@@ -283,6 +283,37 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+# %% What the kernels can take cellView="form" tags=["shared"]
+# @title What the kernels can take
+def check_block_size(block_size, seq_len):
+    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def fits_vmem(T, H):
+    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_attention(config):
+    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
+    impl = config.attn_impl
+    if impl in ("splash", "pallas"):
+        check_block_size(config.splash_block_size, config.seq_len)
+    if impl == "pallas":
+        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
+        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
+    if impl == "fused":
+        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
+        rule += "at most 4096·128; or set attn_impl='splash'"
+        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
+
+
 # %% Options of every run cellView="form" tags=["shared"]
 # @title Options of every run
 IMPLS = "auto", "einsum", "jax", "splash", "pallas", "fused"
@@ -475,37 +506,6 @@ class Config(BaseConfig):
             log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
-
-
-# %% What the kernels can take cellView="form" tags=["shared"]
-# @title What the kernels can take
-def check_block_size(block_size, seq_len):
-    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
-    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
-    block = min(block_size, seq_len)
-    require(
-        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
-        f"must be a multiple of 128 that divides seq_len={seq_len}",
-    )  # fmt: skip
-
-
-def fits_vmem(T, H):
-    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
-    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
-
-
-def check_attention(config):
-    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
-    impl = config.attn_impl
-    if impl in ("splash", "pallas"):
-        check_block_size(config.splash_block_size, config.seq_len)
-    if impl == "pallas":
-        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
-        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
-    if impl == "fused":
-        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
-        rule += "at most 4096·128; or set attn_impl='splash'"
-        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
 
 
 # %% Imports of the search
@@ -2991,8 +2991,9 @@ class Training:
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
         if self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
-            tokens = f"the tokenizer has {self.tokenizer.n_vocab} tokens"
-            print(f"data    {tokens}: other rows of vocab_size={config.vocab_size} are never trained")
+            print(
+                f"data    the tokenizer has {self.tokenizer.n_vocab} tokens; vocab_size={config.vocab_size} has unused rows"
+            )
         check_alike(config, self.tokenizer._mergeable_ranks)
         if is_first():
             open_backup(config)

@@ -1722,7 +1722,7 @@ def train(config, report=None):
     KeyboardInterrupt end it after the running step, with a checkpoint; `stopped` in the result names the signal.
     """
     with Training(config, report) as run:
-        config, state = run.config, run.state
+        config, state, run.state = run.config, run.state, None  # donated: nothing else may hold it
         for step in range(run.first_step, config.total_steps):
             run.trace(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -2873,7 +2873,7 @@ class Training:
             describe_machine(config)
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
-        if self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
+        if not report and self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
             tokens = f"the tokenizer has {self.tokenizer.n_vocab} tokens"
             print(f"data    {tokens}: other rows of vocab_size={config.vocab_size} are never trained")
         check_alike(config, self.tokenizer._mergeable_ranks)
@@ -3119,7 +3119,7 @@ def one_line_errors():
             raise
         interrupted = "interrupted; the same command goes on from the newest checkpoint, if there is one"
         print(f"error: {error}" if isinstance(error, InputError) else interrupted, file=sys.stderr, flush=True)
-        if sys.excepthook is not sys.__excepthook__:  # one of several hosts: an orderly exit would wait for the others
+        if sys.excepthook.__name__ == "leave_at_once":  # one of several hosts: an orderly exit would wait for all
             os._exit(2)
         raise SystemExit(2 if isinstance(error, InputError) else 130) from None
 

@@ -954,7 +954,8 @@ if IN_NOTEBOOK:
 # | `v6e_64` | 6.83B | 1 × 64 | 16 | 136.6B | 668,913 | 47.7% | 26.88 GiB | 57 hours |
 #
 # Several hosts are asked for: `cloud/host.sh start 04_maxtext.py --preset v6e_64` sets `TPUCHAT_HOSTS=many`, and each
-# host runs this file (docs/many-chips.md). In a notebook, set `config = Config.small()`, or another preset, below *Configure*.
+# host runs this file (docs/many-chips.md). In a notebook, set `config = Config.small()`, or another preset, below
+# *Configure*.
 
 # %% Presets
 PRESETS = "small", "demo", "v6e_8", "v6e_64"  # classmethods of Config

@@ -2317,8 +2317,9 @@ def drop_old_checkpoints(run_dir, keep):
     best = min((path for path in losses if losses[path]), key=losses.get, default=None)
     for path in list_checkpoints(run_dir)[:-keep]:
         if path != best:
-            hidden = path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
-            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
+    for rest in Path(run_dir).glob("checkpoints/.*.tmp"):  # also of a process that was killed
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def read_meta(path):
@@ -2494,8 +2495,6 @@ def open_run(config):
     """
     for number in itertools.count(1):
         run = make_folder(config.run_dir if number == 1 else f"{config.run_dir}-{number}", "run_dir")
-        for rest in run.glob("checkpoints/.*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(rest, ignore_errors=True)
         if config.resume == "auto" and config.backup and not any(run.iterdir()):
             restore_backup(config, run)
         if not any(run.iterdir()):

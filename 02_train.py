@@ -2457,8 +2457,9 @@ def restore_backup(config, run):
             options = {"repo_id": config.hf_repo_id, "allow_patterns": names, "local_dir": folder}
             ask_hub("read the backup", lambda: hub_api().snapshot_download(**options))
             for meta in source.glob(f"{names[:-1]}meta.json"):  # there it has the name of the run, here of its step
-                step = json.loads(meta.read_text(encoding="utf-8"))["step"]
-                meta.parent.rename(source / "checkpoints" / f"step_{step:08d}")
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as if it were absent
+                    step = json.loads(meta.read_text(encoding="utf-8"))["step"]
+                    meta.parent.rename(source / "checkpoints" / f"step_{step:08d}")
         if newest := newest_checkpoint(source):
             print(f"going on from the backup of {newest[0].name} in {config.backup}", flush=True)
             copy_checkpoint(newest[0], run)

@@ -2,14 +2,12 @@
 
 The test marked `colab` rebuilds a runtime (a minute, a gigabyte in ~/.cache/tpuchat/colab) and runs a notebook in it:
 
-    pytest -m colab tests/test_colab.py
+    pytest -m colab tests/slow/test_colab.py
 """
 
 import importlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +17,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.helpers import EMBEDDED
 from tools import colab
 
 SHORT = ["num_iterations=20", "eval_tokens=4096", "final_eval_tokens=8192", "LENGTH=10"]
@@ -60,6 +59,7 @@ def standin(monkeypatch, tmp_path):
 
 
 def test_a_secret_is_there_or_not_or_not_granted(standin):
+    """And without a browser it is waited for."""
     google_colab, set_ = standin
     get, userdata = google_colab.userdata.get, google_colab.userdata
     set_(secrets={"HF_TOKEN": "hf_x", "OTHER": "x"}, denied=["OTHER"])
@@ -69,13 +69,9 @@ def test_a_secret_is_there_or_not_or_not_granted(standin):
     with pytest.raises(userdata.SecretNotFoundError, match="Secret NONE does not exist"):
         get("NONE")
     assert issubclass(userdata.TimeoutException, Exception)
-
-
-def test_without_a_browser_a_secret_is_waited_for(standin):
-    google_colab, set_ = standin
     set_(browser=False, secrets={"HF_TOKEN": "hf_x"})
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(google_colab.userdata.get("HF_TOKEN")), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(get("HF_TOKEN")), daemon=True)
     thread.start()
     thread.join(0.5)
     assert thread.is_alive() and not answers
@@ -163,11 +159,6 @@ def test_set_adds_a_cell_below_configure(name):
     nbformat.validate(notebook)
 
 
-def test_set_needs_a_config():
-    with pytest.raises(colab.Wrong, match="--set seed=1: x.ipynb has no cell 'Configure'"):
-        colab.change(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), "x.ipynb", ["seed=1"])
-
-
 def test_set_fills_in_a_form():
     notebook = json.loads((colab.ROOT / "02_train.ipynb").read_text())
     before = len(notebook["cells"])
@@ -175,6 +166,8 @@ def test_set_fills_in_a_form():
     source = "".join("".join(cell["source"]) for cell in notebook["cells"])
     assert "PROMPT = 'C:\\\\new'  # @param {type:\"string\"}\n" in source and "\nLENGTH = 10  # @param" in source
     assert len(notebook["cells"]) == before
+    with pytest.raises(colab.Wrong, match="--set seed=1: x.ipynb has no cell 'Configure'"):
+        colab.change(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), "x.ipynb", ["seed=1"])
 
 
 @pytest.fixture
@@ -191,7 +184,7 @@ def runtime(monkeypatch, tmp_path):
     monkeypatch.setattr(colab, "ROOT", root)
     monkeypatch.setattr(colab, "build", lambda kind: venv)
     (root / "data").mkdir(parents=True)
-    (root / "data" / "embedded").symlink_to(Path(__file__).parents[1] / "data" / "embedded")
+    (root / "data" / "embedded").symlink_to(EMBEDDED)
 
     def run(**cells):
         nb = nbformat.v4.new_notebook()
@@ -289,34 +282,3 @@ def test_02_train_runs_in_the_runtime_of_the_tpu(tmp_path, capsys):
     cells = json.loads((tmp_path / "out" / "tpu" / "02_train" / "02_train.ipynb").read_text())["cells"]
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
     assert (tmp_path / "out" / "tpu" / "02_train" / "02_train.html").stat().st_size > 100_000
-
-
-@pytest.mark.colab
-def test_preflight_is_the_newest_compilers_in_the_runtime_of_the_tpu(tmp_path):
-    """The runtime's libtpu 0.0.21.1 crashes without its chip, so preflight gets jax 0.7.2's own, beside the runtime.
-    Then the reference with two layers has the same kernels, all counted, and a time and a peak within 5% of what this
-    jax and its libtpu say. jax.export writes the Mosaic version that a chip would get."""
-    try:
-        venv = colab.build("tpu")
-    except colab.Wrong as wrong:
-        pytest.skip(wrong.args[1])
-    shutil.copy(colab.ROOT / "02_train.py", tmp_path)
-    copy, environment = colab.prepare(tmp_path, venv)
-    pip = [copy / "bin" / "python", "-m", "pip", "install", "--quiet", "tiktoken", "flatbuffers"]
-    subprocess.run(pip, env=environment, check=True)  # of what the first cell installs; preflight needs no more
-    before = colab.packages_of(copy)
-
-    def preflight(python, **settings):
-        command = [python, "02_train.py", "--preflight", "v6e", "--aspect_ratio", "512"]
-        done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "NOT counted" not in done.stdout
-        kernel = re.search(r"attention kernel +([\d.]+) +([\d.]+)", done.stdout)
-        found = re.search(r"memory  ([\d.]+) GiB", done.stdout)[1], re.search(r"time    ([\d.]+) ms", done.stdout)[1]
-        return done.stdout, [float(number) for number in (*found, *kernel.groups())]
-
-    said, have = preflight(copy / "bin" / "python", **environment)
-    assert "installing libtpu==0.0.23 into " in said
-    assert colab.packages_of(copy) == before
-    _, want = preflight(sys.executable, **os.environ)
-    assert have == pytest.approx(want, rel=0.05)

@@ -474,7 +474,7 @@ def test_ci_runs_the_command_of_the_readme():
     command = "pip install -r tests/requirements.txt && pytest -n 2 --dist loadfile --no-loadscope-reorder"
     first, second = (ROOT / ".ci/run").read_text().splitlines()[-2:]
     assert first == f"{command} || exit"
-    assert second == "pytest -m colab -rs tests/test_colab.py"
+    assert second == "pytest -m colab -rs tests/slow/test_colab.py"
     assert command in (ROOT / "README.md").read_text().splitlines()
 
 

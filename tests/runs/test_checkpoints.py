@@ -1,11 +1,11 @@
 """Checkpoints: bit-exact, whole or not there, kept in number, and refused in words that help."""
 
-import ast
 import errno
 import os
 import re
 import resource
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -195,18 +195,11 @@ def test_a_save_does_not_wait_for_the_disk(nb, tmp_path, monkeypatch):
 
 
 def test_no_file_of_ours_pickles(root):
-    """Unpickling runs what a file says. No module that can, and no option that allows it, in any .py."""
-    modules = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch"}
+    """Unpickling runs what a file says. No import of a module that can, and no option that allows it, in any .py."""
+    modules = "pickle|cPickle|_pickle|cloudpickle|dill|joblib|shelve|marshal|torch"
+    forbidden = re.compile(rf"^\s*(import|from)\s+({modules})\b|\ballow_pickle\s*=|\.({modules})\.", re.M)
     places = ("*.py", "tools/*.py", "tests/**/*.py", "benchmarks/*.py", "data/*/*.py")
     files = [path for place in places for path in root.glob(place)]
     assert {"02_train.py", "notebooks.py", "test_checkpoints.py"} <= {path.name for path in files}
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name.split(".")[0] for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [(node.module or "").split(".")[0]]
-            assert not modules & set(names), f"{path}:{node.lineno}"
-            used = [getattr(node, "attr", None), getattr(node, "arg", None), getattr(node, "id", None)]
-            assert not {"allow_pickle", *modules} & set(used), f"{path}:{node.lineno}"
+    assert forbidden.search("    import pickle\n") and forbidden.search("np.load(path, allow_pickle=True)")
+    assert not {path.name for path in files if forbidden.search(path.read_text(encoding="utf-8"))} - {Path(__file__).name}

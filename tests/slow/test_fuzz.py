@@ -29,8 +29,8 @@ def tries(sample, length):
 
 
 def fuzz(nb, count, example, works_at_least):
-    """Calls example(data, stack) with `count` random inputs; each works or raises InputError. A share of them must work:
-    a notebook that refuses everything is no use."""
+    """Calls example(data, stack) with `count` random inputs; each works or raises InputError, and a share of them works:
+    a notebook that refuses everything is of no use."""
     found = {"works": 0, "refused": 0}
 
     @settings(

@@ -29,7 +29,7 @@ def tries(sample, length):
 
 
 def fuzz(nb, count, example, works_at_least):
-    """Calls example(data, stack) with `count` random inputs; each works or raises InputError, and a share of them works:
+    """Calls example(data, stack) with `count` random inputs; each works or raises InputError, and a share works:
     a notebook that refuses everything is of no use."""
     found = {"works": 0, "refused": 0}
 

@@ -1,6 +1,5 @@
 """Small models and batches, a tiny run and what it leaves, notebooks as scripts, and code in a process of its own."""
 
-import contextlib
 import json
 import os
 import queue
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "data" / "embedded"
@@ -59,8 +59,8 @@ def sequences(config, seed=0):
 
 
 def batch(config, seed=0):
-    """(tokens, targets) as train_step takes them."""
-    return sequences(config, seed)
+    """(tokens, targets) as train_step takes them: [A, B, T]."""
+    return tuple(x.reshape(config.batch_shape) for x in sequences(config, seed))
 
 
 def take_steps(nb, config, steps, state=None, **fixed):
@@ -90,7 +90,7 @@ def differ(a, b):
 
 def interpreted():
     """Where Pallas kernels are interpreted; wraps the whole computation, the backward pass too."""
-    return contextlib.nullcontext()
+    return pltpu.force_tpu_interpret_mode()
 
 
 # ---- text

@@ -89,8 +89,11 @@ def differ(a, b):
 
 
 def interpreted():
-    """Where Pallas kernels are interpreted; wraps the whole computation, the backward pass too."""
-    return pltpu.force_tpu_interpret_mode()
+    """Where Pallas kernels are interpreted; wraps the whole computation, the backward pass too.
+
+    True is the plain interpreter: that of TPUs, the default, cannot take a kernel under vmap, as splash is.
+    """
+    return pltpu.force_tpu_interpret_mode(True)
 
 
 # ---- text

@@ -100,5 +100,31 @@ class FakeGpu:
 )  # fmt: skip
 def test_when_cudnn_is_taken(nb, monkeypatch, capability, H, dtype, takes):
     """By NVIDIA's own rule: compute capability 8.0, heads of at most 128, or 256 from 9.0 on, in steps of 8."""
+    asked = []
+
+    def attention(q, k, v, *, implementation, **_):
+        asked.append(implementation)
+        return q
+
     monkeypatch.setattr(jax, "devices", lambda: [FakeGpu(capability) if capability else object()])
-    assert nb.cudnn_takes(jax.ShapeDtypeStruct((2, 128, 4, H), dtype)) == takes
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    q = jnp.zeros((2, 4, 128, H), dtype)
+    assert nb.attention(q, q, q, window=128, impl="jax").shape == q.shape
+    assert asked == ["cudnn" if takes else None]
+
+
+CHOICES = [  # seq_len, head_dim, splash_block_size: what auto means on a TPU
+    (2048, 128, 1024, "fused"), (4096, 128, 1024, "fused"), (8192, 128, 1024, "splash"), (2048, 64, 1024, "splash"),
+    (2048, 64, 768, "jax"), (100, 128, 1024, "jax"), (128, 64, 1024, "splash"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("T", "H", "block", "on_tpu"), CHOICES)
+def test_what_auto_means(nb, T, H, block, on_tpu):
+    """The fastest that takes the shapes, for each platform; a name means itself everywhere; the choice is valid."""
+    config = nb.Config(seq_len=T, head_dim=H, splash_block_size=block)
+    chosen = [nb.choose_attention(config, platform) for platform in ("tpu", "gpu", "cpu")]
+    assert chosen == [on_tpu, "jax", "einsum"]
+    for impl in chosen:
+        assert nb.choose_attention(config.replace(attn_impl=impl), "tpu") == impl
+        assert nb.choose_attention(config.replace(attn_impl=impl), "cpu") == impl

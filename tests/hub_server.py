@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -48,10 +49,11 @@ class HubServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 path, _, query = self.path.partition("?")
+                path = re.sub("/(resolve|tree)/[0-9a-f]{40}", r"/\1/main", path)  # a commit's files are those of today
                 hub.requests.append((self.command, path))
                 fault = hub.next_fault(self.command, path)
                 api = path.startswith("/api/")
-                data, more = hub.tree(path, query) if api else (hub.files.get(path), {})
+                data, more = hub.listing(path, query) if api else (hub.files.get(path), {})
                 if fault.status != 200:
                     return self.answer(fault.status, b"", {"X-Error-Code": fault.code, **fault.headers})
                 if data is None:  # the real Hub's words for "no such file" and "no such repo"
@@ -71,7 +73,9 @@ class HubServer:
             def do_POST(self):
                 hub.requests.append((self.command, self.path))
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                status, answer = hub.post(self.path, [json.loads(line) for line in body.splitlines()])
+                status, answer = hub.next_fault(self.command, self.path).status, {}
+                if status == 200:
+                    status, answer = hub.post(self.path, [json.loads(line) for line in body.splitlines()])
                 self.answer(status, json.dumps(answer).encode(), {})
 
             def answer(self, status, data, headers, path="", start=0, fault=Fault()):  # noqa: B008
@@ -114,8 +118,12 @@ class HubServer:
             return f"/{owner}/{name}" if kind == "models" else f"/{kind}/{owner}/{name}"
         return path.split("/resolve/")[0]
 
-    def tree(self, path, query):
-        """(JSON, headers) of a listing, a page of it; (None, …) if there is no such repo or folder."""
+    def listing(self, path, query):
+        """(JSON, headers) of a listing, a page of it, or of all of a repo; (None, …) if there is no such repo or folder."""
+        if "/revision/" in path:
+            files = [name.partition("/resolve/main/")[2] for name in self.files if self.repo(name) == self.repo(path)]
+            found = {"id": "", "sha": f"{self.commits:040x}", "siblings": [{"rfilename": name} for name in files]}
+            return json.dumps(found).encode() if self.repo(path) in self.repos else None, {}
         query, folder = parse_qs(query), path.partition("/tree/main")[2].strip("/")
         names = {name.partition("/resolve/main/")[2]: name for name in self.files if self.repo(name) == self.repo(path)}
         names = {name: full for name, full in names.items() if name.startswith(f"{folder}/" if folder else "")}
@@ -128,7 +136,8 @@ class HubServer:
         ]
         stop = start + self.page_size
         link = {"Link": f'<{self.url}{path}?recursive=true&cursor={stop}>; rel="next"'} if stop < len(entries) else {}
-        return (json.dumps(entries[start:stop]).encode() if names else None), link
+        there = names or not folder and self.repo(path) in self.repos
+        return (json.dumps(entries[start:stop]).encode() if there else None), link
 
     def post(self, path, lines):
         """(status, JSON) of what an upload asks for; what is committed is served from then on."""

@@ -128,7 +128,7 @@ def test_host_script():
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     verbs = set(re.findall(r"^(\w+)\) ", read("cloud/host.sh"), re.M))
     used = {verb for doc in DOCS for verb in re.findall(r"cloud/host\.sh (\w+)", read(doc))}
-    assert verbs == used == {"setup", "start", "stop"}
+    assert verbs == used == {"setup", "run", "start", "stop"}
     told = subprocess.run(["bash", script], capture_output=True, text=True)
     assert told.returncode == 2
     assert all(f"host.sh {verb}" in told.stderr for verb in verbs)
@@ -140,7 +140,8 @@ def host(tmp_path):
     tools, venv = tmp_path / "tools", tmp_path / "venv" / "bin"
     for folder in (tools, venv):
         folder.mkdir(parents=True)
-    python = "#!/bin/bash\ntrap 'sleep 0.5; echo saved; exit 0' TERM\n"
+    python = "#!/bin/bash\n[[ $1 == -c ]] && exit 1\n"  # asked for the version of jax: an old one
+    python += "trap 'sleep 0.5; echo saved; exit 143' TERM\n"
     python += 'echo "$@" "$HF_TOKEN"\nwhile :; do sleep 0.1; done\n'
     for path, text in ((tools / "mountpoint", "#!/bin/sh\n"), (venv / "python", python)):
         path.write_text(text)
@@ -148,9 +149,9 @@ def host(tmp_path):
     (tmp_path / "tpuchat.env").write_text("HF_TOKEN=hidden\n")
     env = {"HOME": str(tmp_path), "PATH": f"{tools}:/usr/bin:/bin"}
 
-    def run(*words):
+    def run(*words, **more):
         command = ["bash", ROOT / "cloud" / "host.sh", *words]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=30)
 
     run.home = tmp_path
     yield run
@@ -167,8 +168,30 @@ def test_start_and_stop_on_a_host(host):
     again = host("start", "02_train.py")
     assert (again.returncode, "already running" in again.stderr) == (1, True)
     assert host("stop").returncode == 0
-    assert log.read_text().splitlines() == ["-u 02_train.py --seed 1 hidden", "saved"]
+    *words, last = log.read_text().splitlines()
+    assert words == ["-u 02_train.py --seed 1 hidden", "saved"]
+    assert last.startswith("host.sh: stopped by SIGTERM, here or on another host; start the same command on all hosts")
     assert host("start", "02_train.py").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "words"),
+    [
+        ("exit 0", 0, ""), ("exit 2", 2, ""), ("exit 1", 1, "ended with exit status 1, see above"),
+        ("kill -ABRT $$", 134, "ended by SIGABRT, most likely since another host is gone"),
+        ("kill -KILL $$", 137, "killed by SIGKILL, perhaps for its memory"),
+    ],
+)  # fmt: skip
+def test_run_says_what_has_ended_the_process(host, ends, status, words):
+    """The process has what several hosts need, the user's own flags last; its exit status is that of host.sh."""
+    python = host.home / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exit\necho "$TPUCHAT_HOSTS" $LIBTPU_INIT_ARGS "$@"\n{ends}\n')
+    done = host("run", python, "02_train.py", "--seed", "1", LIBTPU_INIT_ARGS="--own")
+    hosts, *flags, own, _, _, _ = done.stdout.split()
+    assert (hosts, own, len(flags)) == ("many", "--own", 5) and all(flag.endswith("=true") for flag in flags)
+    last = done.stderr.splitlines()[-1] if words else ""
+    assert done.returncode == status and words in last
+    assert last.endswith("it goes on from the newest checkpoint" * bool(words))
 
 
 def test_no_start_without_the_mount(host):

@@ -2458,8 +2458,9 @@ def drop_old_checkpoints(run_dir, keep):
     best = min((path for path in losses if losses[path]), key=losses.get, default=None)
     for path in list_checkpoints(run_dir)[:-keep]:
         if path != best:
-            hidden = path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
-            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
+    for rest in Path(run_dir).glob("checkpoints/.*.tmp"):  # also of a process that was killed
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def read_meta(path):
@@ -2597,8 +2598,9 @@ def restore_backup(config, run):
             options = {"repo_id": config.hf_repo_id, "allow_patterns": names, "local_dir": folder}
             ask_hub("read the backup", lambda: hub_api().snapshot_download(**options))
             for meta in source.glob(f"{names[:-1]}meta.json"):  # there it has the name of the run, here of its step
-                step = json.loads(meta.read_text(encoding="utf-8"))["step"]
-                meta.parent.rename(source / "checkpoints" / f"step_{step:08d}")
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: as if it were absent
+                    step = json.loads(meta.read_text(encoding="utf-8"))["step"]
+                    meta.parent.rename(source / "checkpoints" / f"step_{step:08d}")
         if newest := newest_checkpoint(source):
             print(f"going on from the backup of {newest[0].name} in {config.backup}", flush=True)
             copy_checkpoint(newest[0], run)
@@ -2635,8 +2637,6 @@ def open_run(config):
     """
     for number in itertools.count(1):
         run = make_folder(config.run_dir if number == 1 else f"{config.run_dir}-{number}", "run_dir")
-        for rest in run.glob("checkpoints/.*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(rest, ignore_errors=True)
         if config.resume == "auto" and config.backup and not any(run.iterdir()):
             restore_backup(config, run)
         if not any(run.iterdir()):

@@ -119,7 +119,7 @@ class HubServer:
         return path.split("/resolve/")[0]
 
     def listing(self, path, query):
-        """(JSON, headers) of a listing, a page of it, or of all of a repo; (None, …) if there is no such repo or folder."""
+        """(JSON, headers) of a page of a listing, or of all of a repo; (None, …) if there is no such repo or folder."""
         if "/revision/" in path:
             files = [name.partition("/resolve/main/")[2] for name in self.files if self.repo(name) == self.repo(path)]
             found = {"id": "", "sha": f"{self.commits:040x}", "siblings": [{"rfilename": name} for name in files]}

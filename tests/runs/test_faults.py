@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from tests.wandb_server import KEY, WandbServer
 
 
 def test_a_full_disk_is_said_and_the_old_checkpoint_stays(nb, tmp_path, monkeypatch):
-    """The second checkpoint meets a full disk: the run ends with the error, and goes on when there is room."""
+    """The second checkpoint meets a full disk: the run ends with the error, at once and not when its steps are done,
+    and goes on when there is room."""
     import safetensors.numpy
 
     save_file, calls = safetensors.numpy.save_file, []
@@ -43,7 +45,6 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tokenizer, tm
         raise nb.InputError("shard 7: gone")
 
     monkeypatch.setattr(nb, "list_shards", lambda config: ([lambda: short, broken], validation))
-    monkeypatch.setattr(nb, "announce_downloads", lambda *_: None)
     monkeypatch.setattr(nb, "find_tokenizer", lambda *_: tokenizer)
     with pytest.raises(nb.InputError, match="shard 7: gone"):
         nb.train(tiny(nb, tmp_path / "run", dataset="karpathy/climbmix-400b-shuffle", num_iterations=1000))
@@ -55,10 +56,11 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tokenizer, tm
 
 def test_a_failed_backup_does_not_stop_the_run(nb, tmp_path, monkeypatch, capsys):
     """A folder that cannot be written any more: said with its reason, and the run ends well."""
-    monkeypatch.setattr(nb, "BACKUP_PAUSES", (0.01,))
-    monkeypatch.setattr(
-        nb, "copy_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "the Drive is gone"))
-    )
+
+    def fail(*args):
+        raise OSError(errno.EIO, "the Drive is gone")
+
+    monkeypatch.setattr(nb, "copy_checkpoint", fail)
     summary = nb.train(tiny(nb, tmp_path / "run", backup=str(tmp_path / "drive")))
     out = capsys.readouterr().out
     assert summary["step"] == 12 and saved_steps(tmp_path / "run") == [9, 12]
@@ -73,13 +75,13 @@ def test_a_hub_that_fails_does_not_stop_the_run(tmp_path):
     faults = {"/api/models/me/model/commit/main": [Fault("POST", 500), Fault("POST", 503)]}
     with HubServer({}, faults) as hub:
         answers, _ = run_code(code, hub.environment(tmp_path) | {"HF_TOKEN": "hf_x"})
-    assert answers["step"] == 2
+    assert answers["step"] == 2 and not any(hub.faults.values())
     assert any(path.endswith("checkpoints/run/state.safetensors") for path in hub.files)
 
 
 def test_a_backup_that_cannot_be_is_refused_before_any_work(nb, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(nb.InputError, match=r"backup='.*file/drive': cannot write there: .*Not a directory"):
+    with pytest.raises(nb.InputError, match=r"backup='.*file/drive': cannot write there .*Not a directory"):
         nb.train(tiny(nb, tmp_path / "run", backup=str(tmp_path / "file" / "drive")))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(nb.InputError, match="backup='hub': needs .*HF_TOKEN"):
@@ -114,7 +116,7 @@ def test_a_run_that_diverges_says_where(nb, tmp_path):
 
 def test_skipped_steps_are_said(nb, tmp_path, capsys):
     """Each with its batch; where all steps of an interval are skipped, that does not pass: the run ends."""
-    log = nb.RunLog(tiny(nb, tmp_path, nonfinite="skip"), tmp_path, 0)
+    log = nb.RunLog(tiny(nb, tmp_path, nonfinite="skip"), tmp_path, 0, [])
 
     def step(number, loss):
         log.train_step(number, {"loss": loss, "grad_norm": 1.0, "learning_rate": 1.0}, f"batch {number}")
@@ -125,7 +127,7 @@ def test_skipped_steps_are_said(nb, tmp_path, capsys):
     with pytest.raises(nb.Diverged, match=r"^step \d+: loss nan"):
         for number in range(6, 12):
             step(number, np.nan)
-    log.close()
+    log.bar.close()
 
 
 # ---- wandb
@@ -163,6 +165,8 @@ def test_wandb_never_stops_a_run_that_did_not_ask_for_it(nb, tmp_path, monkeypat
     import wandb
 
     wandb.teardown()  # it keeps the settings of the process's first run
+    settings = wandb.Settings
+    monkeypatch.setattr(wandb, "Settings", lambda **options: settings(**options | {"init_timeout": 5}))
     with WandbServer() as server:
         for name, value in {**server.environment(tmp_path), "WANDB_API_KEY": "f" * 40}.items():
             monkeypatch.setenv(name, value)
@@ -171,7 +175,7 @@ def test_wandb_never_stops_a_run_that_did_not_ask_for_it(nb, tmp_path, monkeypat
             monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
         assert nb.open_wandb(tiny(nb, tmp_path), tmp_path, None) is None
         out = capsys.readouterr().out
-        assert out.startswith("wandb: cannot ") and "training goes on without it" in out
+        assert re.fullmatch("wandb: .+; training goes on without it\n", out)
         assert "f" * 40 not in out and KEY not in out
-        with pytest.raises(nb.InputError, match="wandb: cannot "):
+        with pytest.raises(nb.InputError, match="wandb: .+"):
             nb.open_wandb(tiny(nb, tmp_path, wandb_mode="online"), tmp_path, None)

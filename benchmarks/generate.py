@@ -1,69 +1,63 @@
-"""Sampling with the cache against a forward pass for every token, on the demo model with a context of 512 tokens.
+"""How much faster is sampling with the KV cache than a forward pass for every token?
 
-    python benchmarks/generate.py
+    python benchmarks/generate.py [--rounds 3]
 
-Greedy, float32, one prompt of a single token, 511 new ones; both are compiled before they are timed. Prints tokens per
-second of both, their ratio, and whether they agree token for token; then three prompts at once in bfloat16.
+The demo with a context of 512 tokens, greedy, a prompt of one token, 511 new ones; all is compiled before it is timed,
+in turn. Prints tokens per second without and with the cache in float32, whether both give the same tokens, and with it
+in bfloat16 for one, three and eight prompts at once. Ratios are to the first row.
 """
 
-import sys
-import time
-from pathlib import Path
+import argparse
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import in_turn, load
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+T, BOS = 512, 7
+nb = load("02_train.py")
 
-from tools.notebooks import load  # noqa: E402
 
-nb = load(ROOT / "02_train.py")
+def with_cache(config, params, prompts):
+    """Returns tokens, int32 [prompts, T], that follow BOS alone."""
+    tokens, lengths = np.full((prompts, T), BOS, np.int32), np.ones(prompts, np.int32)
+    no_stop, greedy = np.int32(-1), (np.float32(0), np.int32(1), np.float32(1))
+    return nb.sample_tokens(config, params, tokens, lengths, lengths * T, no_stop, jax.random.key(0), *greedy)
+
+
+def without_cache(config, params):
+    """The same for one prompt, by T − 1 forward passes over all T positions."""
+    tokens = jnp.full((1, T), BOS, jnp.int32)
+    for position in range(T - 1):
+        tokens = one_more(config, params, tokens, position)
+    return tokens
+
+
+@jax.jit
+def one_more(config, params, tokens, position):
+    following = jnp.argmax(nb.forward(config, params, tokens)[0, position])
+    return tokens.at[0, position + 1].set(following.astype(jnp.int32))
 
 
 def main():
-    config = nb.Config.demo().replace(seq_len=512, compute_dtype="float32")
-    params, T = nb.init_params(config, jax.random.key(0)), 512
-    rng = np.random.default_rng(0)  # at its start every layer writes zeros: weights with opinions instead
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    config, rng = nb.Config.demo().replace(seq_len=T, compute_dtype="float32", mesh=(1, 1)), np.random.default_rng(0)
+    params = nb.init_params(config, jax.random.key(0))  # at its start every layer writes zeros: these have opinions
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.05), jnp.float32), params)
-
-    def uncached():
-        tokens, last = jnp.zeros((1, T), jnp.int32), jnp.full((), 7, jnp.int32)
-        tokens = tokens.at[0, 0].set(7)
-        for position in range(T - 1):
-            last, tokens = one_more(params, tokens, position)
-        return np.asarray(tokens)[0, 1:].tolist()
-
-    @jax.jit
-    def one_more(params, tokens, position):
-        last = jnp.argmax(nb.forward(config, params, tokens)[0, position])
-        return last, tokens.at[0, position + 1].set(last)
-
-    def cached(config=config, prompts=1):
-        out = nb.generate_tokens(
-            config, params, [[]] * prompts, 7, max_new_tokens=T - 1, temperature=0, top_k=1, top_p=1.0, seed=0
-        )
-        return out[0]
-
-    one_more(params, jnp.zeros((1, T), jnp.int32), 0)
-    found, seconds = {}, {}
-    for name, function in (("uncached", uncached), ("cached", cached)):
-        times = []
-        for _ in range(4 if name == "cached" else 1):
-            started = time.perf_counter()
-            found[name] = function()
-            times.append(time.perf_counter() - started)
-        seconds[name] = min(times)  # the first compiles
-        print(f"{name:9} {(T - 1) / seconds[name]:8,.0f} tok/s, {1e3 * seconds[name] / (T - 1):.2f} ms a token")
-    ended = len(found["cached"])
-    print(f"ratio {seconds['uncached'] / seconds['cached']:.1f}; the same tokens: "
-          f"{found['cached'] == found['uncached'][:ended]}, {ended} of them")  # fmt: skip
     short = config.replace(compute_dtype="bfloat16")
-    cached(short, 3)
-    started = time.perf_counter()
-    cached(short, 3)
-    print(f"3 prompts, bfloat16: {3 * (T - 1) / (time.perf_counter() - started):,.0f} tok/s")
+    ways = {"float32, no cache": (1, lambda: without_cache(config, params))}
+    ways["float32"] = 1, lambda: with_cache(config, params, 1)
+    ways |= {f"bfloat16, {n} prompts": (n, lambda n=n: with_cache(short, params, n)) for n in (1, 3, 8)}
+
+    first, second, *_ = (np.asarray(function()) for _, function in ways.values())  # compiles
+    seconds = in_turn({name: function for name, (_, function) in ways.items()}, rounds)
+    rates = {name: n * (T - 1) / min(seconds[name]) for name, (n, _) in ways.items()}
+    for name, rate in rates.items():
+        ratio = rate / rates["float32, no cache"]
+        print(f"{name:20}{rate:8,.0f} tok/s{1e3 / rate:8.2f} ms a token   ratio {ratio:.1f}")
+    print(f"the same {T - 1} tokens with the cache and without: {(first == second).all()}")
 
 
 if __name__ == "__main__":

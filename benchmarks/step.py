@@ -1,19 +1,18 @@
-"""Our train step beside the reference's, in one run, with the same counting.
+"""How fast is our train step beside the reference's? Both in one run, with the same counting.
 
     python benchmarks/step.py [--chips v6e v5e] [--rows reference hero …]
 
-Without an accelerator both are compiled for a TPU that is not there, and the milliseconds are preflight's estimate:
-Pallas kernels counted by their instruction schedules, everything else by the slowest of HBM, matrix unit and vector
-unit. With a TPU or a GPU both are run, and the milliseconds are measured: the mean of 20 steps after two.
+With a TPU or a GPU both are run and the milliseconds are measured: the mean of 20 steps after two. Without, both are
+compiled for a TPU that is not there, and the milliseconds are the estimate of 05_preflight.py; a row takes minutes.
 
-Both train the same model on the same number of tokens, so the FLOPs are the same: MFU is ours (windowed, causal), "T×T"
+Both train the same model on the same number of tokens, so the FLOPs are the same. MFU is ours (windowed, causal); T×T
 is the MFU in which attention counts as if it had no mask, which is how the reference counts. Peak is the compiler's.
-The reference is built as it was (reference.py), with the attention and batch of the row that it published.
+The last column is the ratio of the reference's milliseconds to ours. The reference is built as it was (reference.py),
+with the attention and batch of the row that it published.
 """
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -23,14 +22,11 @@ if not DEVICES:
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from common import load  # noqa: E402
+from reference import T, reference_step  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.reference import reference_step  # noqa: E402
-from tools.notebooks import load  # noqa: E402
-
-train, maxtext = load(ROOT / "02_train.py"), load(ROOT / "04_maxtext.py")
+train, maxtext, preflight = load("02_train.py"), load("04_maxtext.py"), None if DEVICES else load("05_preflight.py")
+CHIPS, REFUSED = ({}, ()) if DEVICES else (preflight.CHIPS, preflight.CompileError)
 WIDE = dict(heads=4, head_dim=256, impl="splash", pattern="L", swiglu=3072)
 ROWS = {  # notebook, Config, {name of a reference step: its arguments}
     "reference": (train, train.Config(), {"einsum": dict(B=4), "splash 1024": dict(B=4, impl="splash")}),
@@ -52,15 +48,7 @@ def full_flops_per_token(nb, config):
     return 6 * matmuls + 12 * config.n_head * config.head_dim * config.seq_len * config.depth
 
 
-def estimated(nb, program, chip, windows, ours):
-    """(seconds, bytes at the peak) of a compiled program."""
-    parts, unknown = nb.estimate(program.text, chip, windows, ours)
-    if any("online-softmax" not in name for name in unknown):  # that one is XLA's own: its bytes do
-        print(f"not counted but for their bytes: {unknown}")
-    return sum(parts.values()), program.peak
-
-
-def timed(step, state, rest, runs=20):
+def mean_seconds(step, state, rest, runs=20):
     """Seconds of step(*state, *rest), whose first results are the next state."""
     for i in range(runs + 2):
         if i == 2:
@@ -72,59 +60,69 @@ def timed(step, state, rest, runs=20):
 
 
 def our_step(nb, config, chip):
-    """(seconds of a step, bytes at its peak or None, seconds to compile)."""
-    started = time.perf_counter()
+    """(seconds of a step, bytes at its peak)."""
     if not DEVICES:
-        program = nb.compile_step(config, chip)
-        compiled = time.perf_counter() - started
-        return *estimated(nb, program, chip, config.windows, nb.attention_seconds(config, chip)), compiled
-    tokens = jnp.zeros((config.tokens_per_step // config.seq_len, config.seq_len), jnp.int32)
-    state = nb.init_train_state(config)
+        program, answer = preflight.compile_and_estimate(config, chip)
+        return seconds_of(answer), program.peak
+    state, tokens = nb.init_train_state(config), jnp.zeros(config.batch_shape, jnp.int32)
     step = nb.train_step.lower(config, state, tokens, tokens).compile()
-    compiled = time.perf_counter() - started
-    peak = step.memory_analysis().peak_memory_in_bytes
-    return timed(lambda state, *batch: step(state, *batch), (state,), (tokens, tokens)), peak, compiled
+    return mean_seconds(step, (state,), (tokens, tokens)), step.memory_analysis().peak_memory_in_bytes
 
 
-def their_step(nb, arguments, chip):
+def their_step(arguments, chip):
     """The same of the reference's step."""
-    started = time.perf_counter()
     step, leaves, donated, windows = reference_step(**arguments)
     if not DEVICES:
-        program = nb.compile_for(chip, step, leaves, donated)
-        return *estimated(nb, program, chip, windows, {}), time.perf_counter() - started
+        program, kernels = preflight.compile_for(chip, step, leaves, donated), their_kernels(chip, **arguments)
+        return seconds_of(preflight.estimate(program.text, chip, windows, kernels)), program.peak
     step = jax.jit(step, donate_argnums=range(donated)).lower(*leaves).compile()
-    compiled = time.perf_counter() - started
     arrays = [jnp.full(leaf.shape, 0.01, leaf.dtype) for leaf in leaves]
-    return timed(step, arrays[:-2], arrays[-2:]), step.memory_analysis().peak_memory_in_bytes, compiled
+    return mean_seconds(step, arrays[:-2], arrays[-2:]), step.memory_analysis().peak_memory_in_bytes
+
+
+def their_kernels(
+    chip, B, heads=8, kv_heads=8, head_dim=128, impl="einsum", block=1024, pattern="SSSL", dtype=jnp.float32, **_
+):
+    """Seconds of the reference's attention kernels: those of a Config of ours with the same attention."""
+    config = train.Config(
+        n_head=heads, n_kv_head=kv_heads, head_dim=head_dim, device_batch_size=B, seq_len=T, window_pattern=pattern,
+        attn_impl=impl, splash_block_size=block, compute_dtype=jnp.dtype(dtype).name, mesh=(1, 1),
+    )  # fmt: skip
+    return preflight.attention_kernels(config, chip)
+
+
+def seconds_of(answer):
+    if any("online-softmax" not in name for name in answer.uncounted):  # that one is XLA's own: its bytes do
+        print(f"not counted but for their bytes: {answer.uncounted}")
+    return answer.seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--chips", nargs="*", default=["v6e"], choices=list(train.CHIPS), help="to compile for")
+    parser.add_argument("--chips", nargs="*", default=["v6e"], choices=list(CHIPS), help="to compile for")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     args = parser.parse_args()
     kind = jax.devices()[0].device_kind
     for chip in [""] if DEVICES else args.chips:
-        peak_flops = train.peak_flops(kind if DEVICES else train.CHIPS[chip].kind) or float("nan")
+        peak_flops = train.peak_flops(kind if DEVICES else CHIPS[chip].kind) or float("nan")
         print(f"{f'{kind}, measured' if DEVICES else f'{chip}, estimates':32}{'ms':>8}{'tok/s':>10}{'MFU':>7}{'T×T':>7}"
-              f"{'peak GiB':>10}{'compile s':>11}{'ratio':>7}")  # fmt: skip
+              f"{'peak GiB':>10}{'all of it s':>12}{'ratio':>7}")  # fmt: skip
         for name in args.rows:
             nb, config, references = ROWS[name]
-            mine = None
+            config, mine = config.replace(mesh=(1, 1)), None
             for label in ("ours", *references):
-                row = f"{f'{name}: {label}':32}"
+                row, started = f"{f'{name}: {label}':32}", time.perf_counter()
                 try:
-                    found = our_step(nb, config, chip) if label == "ours" else their_step(nb, references[label], chip)
-                except nb.CompileError as error:
-                    print(row, nb.reason(error)[0], flush=True)
+                    ours = label == "ours"
+                    seconds, peak = our_step(nb, config, chip) if ours else their_step(references[label], chip)
+                except REFUSED as error:
+                    print(row, preflight.explain(error)[0], flush=True)
                     continue
-                seconds, peak, compiled = found
                 mine = mine or seconds
-                rate = config.tokens_per_step / seconds
-                mfu, full = (f(config) * rate / peak_flops
-                             for f in (nb.flops_per_token, lambda c, nb=nb: full_flops_per_token(nb, c)))  # fmt: skip
-                print(f"{row}{seconds * 1e3:8.1f}{rate:10,.0f}{mfu:7.1%}{full:7.1%}{peak / 2**30:10.2f}{compiled:11.0f}"
+                rate, took = config.tokens_per_step / seconds, time.perf_counter() - started
+                flops = nb.flops_per_token(config), full_flops_per_token(nb, config)
+                mfu, full = (n * rate / peak_flops for n in flops)
+                print(f"{row}{seconds * 1e3:8.1f}{rate:10,.0f}{mfu:7.1%}{full:7.1%}{peak / 2**30:10.2f}{took:12.0f}"
                       f"{seconds / mine:7.2f}", flush=True)  # fmt: skip
 
 

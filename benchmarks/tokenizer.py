@@ -18,7 +18,7 @@ nb = load("01_tokenizer.py")
 
 
 def hugging_face(texts, vocab_size):
-    """The tokens, in letters that stand for bytes, that Hugging Face's trainer finds; special tokens are not learned."""
+    """The tokens, in letters that stand for bytes, that Hugging Face's trainer finds."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(nb.SPLIT_PATTERN), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])

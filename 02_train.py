@@ -29,8 +29,8 @@
 # runtime it trains a demo of 3.7M parameters in a few minutes.
 #
 # - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →
-#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Prose and results take
-#   40 minutes to read.
+#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Text and results take
+#   40 minutes to read, and two hours with all of the code.
 # - **Part II, infrastructure**: the fused attention kernel, files, the Hub, checkpoints, logs, hosts. Its cells are
 #   collapsed; open the one that you need.
 # - **Part III, run**: configure, check the memory, train, look at the result.
@@ -245,8 +245,7 @@ def cpu_fact(name):
 #
 # One frozen dataclass holds every choice. It is a *static* JAX type: `jax.jit` hashes it like a shape, and compiles a
 # program for each value. A sweep over learning rates must not compile each time, so most fields are not in the hash.
-# Those that the step needs reach it as traced scalars in the train state, `state.hyper`. **Never read such a field
-# inside a jitted function**: the program would keep the value of its first call.
+# Four functions declare fields. They decide whether a change compiles, and whether a resumed run may differ.
 #
 # | declared by | changing it | a resumed run |
 # |---|---|---|
@@ -254,6 +253,10 @@ def cpu_fact(name):
 # | `runtime` | compiles a new program | may change it |
 # | `free` | compiles nothing | must have the same |
 # | `host` | compiles nothing | may change it |
+#
+# Those `free` fields that the step needs reach it as traced scalars, `state.hyper`. **Never read one from `config`
+# inside a jitted function**: the program would keep the value of its first call. To add a hyper-parameter, declare it
+# with `free`, add it to `hyperparams`, and read `hyper[name]`.
 
 
 # %% Options cellView="form" tags=["shared"]
@@ -366,33 +369,35 @@ class BaseConfig:
     softcap: float = option(15.0, "logits are softcap·tanh(logits/softcap)", SOFTCAP)
 
     # How the step runs
-    attn_impl: str = runtime("auto", "attention; auto = fused on a TPU, jax on a GPU, einsum on a CPU", one_of(*IMPLS))
-    splash_block_size: int = runtime(1024, "tile of the splash and pallas kernels", POSITIVE)
-    compute_dtype: str = runtime("bfloat16", "of activations and matmuls", one_of("bfloat16", "float32"))
+    attn_impl: str = runtime(
+        "auto", "attention kernel; auto = fused on a TPU, jax on a GPU, einsum on a CPU", one_of(*IMPLS)
+    )
+    splash_block_size: int = runtime(1024, "tile size of the splash and pallas kernels", POSITIVE)
+    compute_dtype: str = runtime("bfloat16", "dtype of activations and matmuls", one_of("bfloat16", "float32"))
     mesh: str | tuple = runtime("auto", "devices (data, fsdp), such as 1x8; fsdp splits the state; auto = (all, 1)")
     device_batch_size: int = runtime(4, "sequences of a forward and backward pass on each device", POSITIVE)
-    total_batch_size: int = runtime(-1, "tokens of a step; -1 = one pass, more accumulates", POSITIVE_OR_AUTO)
+    total_batch_size: int = runtime(-1, "tokens per optimizer step; -1 = one pass; more accumulates", POSITIVE_OR_AUTO)
     grad_clip: float = runtime(0.0, "largest norm of the gradient; 0 = no clipping, which is faster", NOT_NEGATIVE)
     nonfinite: str = runtime(
         "stop", "after a NaN or infinite gradient: stop, or skip the update", one_of("stop", "skip")
     )
 
     # Optimization: traced scalars on the device
-    learning_rate: float = free(3e-4, "the highest of the schedule", POSITIVE)
-    weight_decay: float = free(0.1, "of the matrices, times the learning rate", NOT_NEGATIVE)
+    learning_rate: float = free(3e-4, "peak learning rate", POSITIVE)
+    weight_decay: float = free(0.1, "weight decay of the matrices, times the learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
-    eps: float = free(1e-8, "AdamW's", at_least(1e-30, "float32 would divide by zero"))
+    eps: float = free(1e-8, "AdamW's epsilon", at_least(1e-30, "float32 would divide by zero"))
     warmup_ratio: float = free(0.02, "share of the steps with a rising learning rate", NOT_NEGATIVE)
     warmdown_ratio: float = free(0.5, "share of the steps with a falling learning rate", NOT_NEGATIVE)
-    final_lr_frac: float = free(0.0, "last learning rate over the highest", SHARE)
+    final_lr_frac: float = free(0.0, "learning rate after the last step, over the peak", SHARE)
     num_iterations: int = free(-1, "optimizer steps; -1 = by target_param_data_ratio", POSITIVE_OR_AUTO)
     target_param_data_ratio: float = free(10.0, "training tokens for each parameter", POSITIVE)
 
     # Data and run: the host's
     dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
     num_shards: int = free(50, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
-    seed: int = free(0, "of the initial weights", NOT_NEGATIVE)
+    seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
     run_dir: str = host("runs/train", "the folder for everything that the run writes")
     resume: str = host("auto", "auto = go on with an unfinished run; never = a new folder", one_of("auto", "never"))
@@ -405,7 +410,7 @@ class BaseConfig:
     profile_start: int = host(15, "the first step of the XProf trace", NOT_NEGATIVE)
     profile_steps: int = host(5, "how many steps are traced; 0 = none", NOT_NEGATIVE)
     wandb_mode: str = host("auto", "auto = online if there is a key", one_of("auto", "online", "offline", "disabled"))
-    wandb_project: str = host("tpuchat", "of wandb")
+    wandb_project: str = host("tpuchat", "wandb project")
     eval_tokens: int = host(524_288, "validation tokens of an evaluation during training", POSITIVE)
     final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
@@ -492,11 +497,13 @@ class BaseConfig:
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
+        if rows == config.device_batch_size:
+            return config
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
 
 
 # %% [markdown]
-# The architecture has one knob, `n_head`. The width is D = N·H, and the depth follows the width at a constant aspect
+# One field, `n_head`, scales the model. The width is D = N·H, and the depth follows the width at a constant aspect
 # ratio. So `n_head=4, 8, 12` is a family of similar models, the idea of
 # [nanochat](https://github.com/karpathy/nanochat)'s single depth knob.
 
@@ -545,7 +552,7 @@ if IN_NOTEBOOK:
         print(f"{'':10} {c.tokens_per_step:,} tokens a step; the layers see {c.windows} tokens back")
 
 # %% [markdown]
-# ## More than one device
+# ## Data parallelism and FSDP
 #
 # A step on eight chips is the same step. jax shards arrays over a *mesh* of devices, and XLA's SPMD partitioner derives
 # the program of one device, with all communication. The code only states how arrays are sharded. The mesh has two axes,
@@ -553,7 +560,8 @@ if IN_NOTEBOOK:
 #
 # - **data**: the state is replicated. Gradients are summed over the devices.
 # - **fsdp** ([ZeRO](https://arxiv.org/abs/1910.02054)): weights, moments and gradients are sharded. A layer's weights
-#   are all-gathered in bfloat16 when it runs, and gradients are reduce-scattered. The state takes 1/n of the memory.
+#   are all-gathered in bfloat16 when it runs, and gradients are reduce-scattered. On n devices the state takes 1/n of
+#   the memory.
 #
 # `mesh="auto"` is pure data parallelism. On one device the functions below return their argument: read over them.
 
@@ -621,7 +629,7 @@ def init_params(config, key):
     | weight                | shape                  | initial value                                            |
     |-----------------------|------------------------|----------------------------------------------------------|
     | embed                 | [V, D]                 | normal, std 0.1; a norm follows, so only its direction   |
-    |                       |                        | matters, and Adam turns a short row faster than a long   |
+    |                       |                        | matters; Adam's step of fixed size turns a short row more |
     | q, k, v, up           | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out   |
     | o, down               | [N, H, D], [F, D]      | zero: at step 0 attention and MLP add nothing            |
     | lm_head               | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V               |
@@ -686,12 +694,15 @@ def merge_heads(y):
 # %% [markdown]
 # ### Attention
 #
-# A query at t sees the keys from t − window to t. The definition is `einsum_attention`. It writes the T×T
-# scores to memory, which [flash attention](https://arxiv.org/abs/2205.14135) avoids: `jax` is
-# `jax.nn.dot_product_attention`, on an NVIDIA GPU cuDNN's flash attention. `splash` and `pallas` are the TPU kernels
-# that ship with jax: splash skips blocks outside the window, the older kernel is causal only. `fused` is our own (Part
-# II): one kernel for QK-norm, RoPE and attention. `attn_impl="auto"` takes the fastest that the device and the shape
-# allow.
+# A query at t sees the keys from t − window to t. `attn_impl="auto"` takes the fastest that device and shape allow.
+#
+# | `attn_impl` | device | what it is |
+# |---|---|---|
+# | `einsum` | all | the reference implementation; writes the T×T scores to memory |
+# | `jax` | all | `jax.nn.dot_product_attention`; on NVIDIA GPUs cuDNN's [flash attention](https://arxiv.org/abs/2205.14135) |
+# | `splash` | TPU | the kernel that ships with jax; skips blocks outside the window |
+# | `pallas` | TPU | jax's older kernel, without windows |
+# | `fused` | TPU | our own (Part II): QK-norm, RoPE and attention in one kernel |
 
 
 # %% Attention by definition tags=["shared"]
@@ -878,7 +889,8 @@ def trunk(config, weights, tokens):
 
 # %% Forward pass tags=["shared"]
 def cast_weights(config, params):
-    """Returns the matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
+    """Returns the matmul weights in compute_dtype. The embedding (see `embed`) and the scalars stay float32. Weights that
+    are already cast come back as they are."""
 
     def cast(path, weight):
         keep = weight.ndim == 0 or path[0].key == "embed"
@@ -961,14 +973,13 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ## Loss
 #
-# Cross-entropy: the log of the sum of exponentials minus the target's logit, in float32. A head that starts near zero
-# gives ln V at step 0, the loss of a uniform guess. The softcap bounds the logits, so no maximum is subtracted. The
-# target's logit is a masked sum, which XLA fuses into the same pass; indexing would gather, and scatter in the backward
-# pass.
+# Cross-entropy is the log of the sum of exponentials, minus the target's logit, in float32. A head that starts near
+# zero gives ln V at step 0, the loss of a uniform guess. The softcap bounds the logits, so no maximum is subtracted.
+# The target's logit is a masked sum, which XLA fuses into the same pass. Indexing would gather, and scatter backward.
 #
 # The logits `[B·T, V]` are the largest array of the step: 1 GiB in float32 for the reference. Autodiff would keep them.
-# So the gradient is written by hand and keeps them in bfloat16 (40.4 → 38.4 ms a step on a v6e, compiler's estimate;
-# LOG.md).
+# The hand-written gradient keeps them in compute_dtype. In bfloat16 that saved 2.0 of 40.4 ms on a v6e (estimated, with
+# another attention kernel; LOG.md).
 
 
 # %% Loss, plainly tags=["shared"]
@@ -1040,8 +1051,8 @@ if IN_NOTEBOOK:
 # ## Optimizer
 #
 # [AdamW](https://arxiv.org/abs/1711.05101) with a trapezoid for the learning rate: linear warmup, constant, linear
-# warmdown. Most of a run's gain comes in the warmdown. Weight decay applies to the matrices, not to the embedding (a
-# rare token's row would shrink between its visits) nor to the scalars.
+# warmdown. The loss falls clearly once more in the warmdown. Weight decay applies to the matrices, not to the embedding
+# (a rare token's row would shrink between its visits) nor to the scalars.
 #
 # Each number of the schedule is a traced scalar in the train state. The weights that AdamW updates (*masters*) and the
 # moments are float32. The forward pass reads a bfloat16 copy of the masters, which `cast_weights` makes once a step.
@@ -1078,7 +1089,7 @@ def scheduled_lr(hyper, step):
 
 
 def adam_direction(hyper, t, mu, nu):
-    """Returns Adam's step of size 1 down the gradient, from the moments after update t = 1, 2, …."""
+    """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
 
 
@@ -1157,7 +1168,7 @@ def device_mesh(config):
 # %% [markdown]
 # ## Train step
 #
-# The weights are cast to bfloat16 once, before the microbatches. Gradients are added in float32. The state is donated,
+# The weights are cast once, before the microbatches. Gradients are added in float32. The state is donated,
 # so parameters and moments are updated in place. The function below *is* the compiled one: `train_step.lower(...)`
 # gives its program. Clipping and skipping are off by default because they cost time: both need the norm of the whole
 # gradient before the first weight is updated. Without them XLA updates a weight in the matmul that makes its gradient.
@@ -1220,7 +1231,7 @@ if IN_NOTEBOOK:
         print(f"step {i:2} {losses[i]:.3f} " + "█" * round(8 * losses[i]))
 
 # %% [markdown]
-# ### Norms
+# ### Weight and update norms
 #
 # How large are the weights of each part, and how far did the last step move them? A sudden change of the ratio is the
 # first sign of trouble; in the demo it is 0.01 to 0.02 for attention (measured). The update is recomputed from the
@@ -1245,14 +1256,14 @@ def state_norms(state):
 # %% [markdown]
 # ## Data
 #
-# Documents become one endless stream of tokens, each document opened by BOS. The stream is cut into sequences of T + 1
-# tokens, and the last token of a sequence is the first of the next: every token is predicted once, none is dropped or
-# padded. Attention is not masked between documents. Nothing is shuffled: shards are read in order of their names, the
-# last one validates. **Your own data**: a folder of at least two parquet files with a `text` column of strings.
+# Documents become one endless stream of tokens, each document opened by BOS. The stream is cut every T tokens; targets
+# are the same stream, one token later. So every token is predicted once, none is dropped or padded. Attention is not
+# masked between documents. Nothing is shuffled: shards are read in order of their names, the last one validates. **Your
+# own data**: `--dataset` names a folder of at least two parquet files with a `text` column, no text empty.
 #
 # Three generators do it: `document_groups` reads, `encoded_groups` encodes in threads (tiktoken releases the GIL),
-# `packed_batches` cuts. The position of the *next* token travels with each batch, so a resumed run continues with the
-# very token that the next step would have seen, whatever the threads had read ahead.
+# `packed_batches` cuts. Each batch carries the position of the token after it. A resumed run starts there, whatever the
+# threads had read ahead.
 
 
 # %% Documents tags=["shared"]
@@ -1507,7 +1518,7 @@ def evaluate(config, params, batches):
     nats = sum(x.astype(np.float64) for x in jax.device_get(sums))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
-    by_position = nats / np.maximum(count, 1)
+    by_position = np.where(count, nats / np.maximum(count, 1), np.nan)
     return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
 
 
@@ -1515,9 +1526,9 @@ def evaluate(config, params, batches):
 # ## Sample
 #
 # One compiled loop serves every prompt. At each position the model reads one token, appends its keys and values to the
-# KV cache, and predicts the next; within the prompt, the prediction is replaced by the prompt's own token. Temperature
-# 0 takes the likeliest token. Else one of the `top_k` likeliest is drawn, of which only as many stay as make up `top_p`
-# of the probability ([nucleus sampling](https://arxiv.org/abs/1904.09751)).
+# KV cache, and predicts the next. There is no separate prefill: inside the prompt, its own token replaces the
+# prediction. Temperature 0 takes the likeliest token. Else one of the `top_k` likeliest is drawn, of which only as many
+# stay as make up `top_p` of the probability ([nucleus sampling](https://arxiv.org/abs/1904.09751)).
 
 
 # %% Decode tags=["shared"]
@@ -1628,7 +1639,7 @@ if IN_NOTEBOOK:
     print(repr(generate(tiny, params, one_byte_each, "It is a truth", max_new_tokens=40)))
 
 # %% [markdown]
-# ## The loop
+# ## Training loop
 #
 # The host takes a batch that is there, dispatches a step, and goes on. **Metrics are read one log interval late**:
 # while the host waits for the loss of step 90, steps 91 to 100 are queued, so the device never waits. When that loss
@@ -1969,8 +1980,8 @@ def find_tokenizer(config, first_shard):
     Raises InputError if it has more tokens than the model has rows for.
     """
     folders = [first_shard.parent / "tokenizer", tokenizer_folder(config, first_shard)]
-    # The name of the last has the shard's size: another shard, another tokenizer.
-    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{first_shard.stat().st_size}")
+    # The name of the last has the shard's SHA-256: another shard, another tokenizer.
+    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{file_sha256(first_shard)[:8]}")
     folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
     if not folder and config.hf_repo_id:
         with contextlib.suppress(MissingFileError):
@@ -2508,7 +2519,7 @@ def open_run(config):
             continue
         path, meta = newest
         changed = differences(meta["config"], config, lambda field: not field.metadata["resume"])
-        rule = f"{run} holds an unfinished run of another Config ({changed}); change it, or set resume='never'"
+        rule = f"{run} holds an unfinished run of another Config ({changed}); set these back, or resume='never'"
         require(not changed, "run_dir", config.run_dir, rule)
         keep_step_size(config, meta)  # it can be kept, or is refused now
         return run, path
@@ -3042,7 +3053,7 @@ def describe_run(config, run, first):
     """Prints the model, the work and the folder of a run that begins at step `first`."""
     steps, size, attention = config.total_steps, config.tokens_per_step, choose_attention(config, jax.default_backend())
     print(f"model   {describe_params(count_params(config))}; attention {attention}")
-    print(f"work    {steps:,} steps × {size:,} tokens = {steps * size / 1e6:,.1f}M tokens of {config.dataset}")
+    print(f"work    {steps:,} steps × {size:,} tokens = {steps * size:,} tokens of {config.dataset}")
     print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
 
 
@@ -3154,9 +3165,8 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ## Train
 #
-# **What to look for.** The loss starts at ln V, falls steeply while the model learns which tokens are frequent, then
-# slowly, and once more in the warmdown, when the falling learning rate lets the weights settle. If the end of the curve
-# is still falling, more steps would pay.
+# **What to look for.** The loss starts at ln V. It falls steeply while the model learns token frequencies, then slowly.
+# It falls again in the warmdown. If the end of the curve is still falling, more steps would pay.
 
 # %% Train it tags=["run"]
 with one_line_errors():
@@ -3171,9 +3181,9 @@ if jax.process_count() > 1:
 # ## Bits per byte, against xz and zstd
 #
 # A language model is a compressor: its bits per byte are the size to which an arithmetic coder driven by its
-# predictions would shrink the text. Standard compressors are therefore a baseline. The comparison favours the model,
-# which has read a training set and whose weights are not counted, while `xz` and `zstd` begin with nothing. But a model
-# that loses has learned nothing.
+# predictions would shrink the text. Standard compressors are therefore a baseline. They see the first 5,000 documents
+# of the validation shard, the model as many tokens as `final_eval_tokens` says. The comparison favours the model, which
+# has read a training set. But a model that loses has learned nothing.
 
 
 # %% Compressors cellView="form" tags=["shared"]

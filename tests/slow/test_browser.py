@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from PIL import Image
-from tests.test_train import tiny
 
 from tests.helpers import ROOT
 

@@ -341,33 +341,35 @@ class BaseConfig:
     softcap: float = option(15.0, "logits are softcap·tanh(logits/softcap)", SOFTCAP)
 
     # How the step runs
-    attn_impl: str = runtime("auto", "attention; auto = fused on a TPU, jax on a GPU, einsum on a CPU", one_of(*IMPLS))
-    splash_block_size: int = runtime(1024, "tile of the splash and pallas kernels", POSITIVE)
-    compute_dtype: str = runtime("bfloat16", "of activations and matmuls", one_of("bfloat16", "float32"))
+    attn_impl: str = runtime(
+        "auto", "attention kernel; auto = fused on a TPU, jax on a GPU, einsum on a CPU", one_of(*IMPLS)
+    )
+    splash_block_size: int = runtime(1024, "tile size of the splash and pallas kernels", POSITIVE)
+    compute_dtype: str = runtime("bfloat16", "dtype of activations and matmuls", one_of("bfloat16", "float32"))
     mesh: str | tuple = runtime("auto", "devices (data, fsdp), such as 1x8; fsdp splits the state; auto = (all, 1)")
     device_batch_size: int = runtime(4, "sequences of a forward and backward pass on each device", POSITIVE)
-    total_batch_size: int = runtime(-1, "tokens of a step; -1 = one pass, more accumulates", POSITIVE_OR_AUTO)
+    total_batch_size: int = runtime(-1, "tokens per optimizer step; -1 = one pass; more accumulates", POSITIVE_OR_AUTO)
     grad_clip: float = runtime(0.0, "largest norm of the gradient; 0 = no clipping, which is faster", NOT_NEGATIVE)
     nonfinite: str = runtime(
         "stop", "after a NaN or infinite gradient: stop, or skip the update", one_of("stop", "skip")
     )
 
     # Optimization: traced scalars on the device
-    learning_rate: float = free(3e-4, "the highest of the schedule", POSITIVE)
-    weight_decay: float = free(0.1, "of the matrices, times the learning rate", NOT_NEGATIVE)
+    learning_rate: float = free(3e-4, "peak learning rate", POSITIVE)
+    weight_decay: float = free(0.1, "weight decay of the matrices, times the learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
-    eps: float = free(1e-8, "AdamW's", at_least(1e-30, "float32 would divide by zero"))
+    eps: float = free(1e-8, "AdamW's epsilon", at_least(1e-30, "float32 would divide by zero"))
     warmup_ratio: float = free(0.02, "share of the steps with a rising learning rate", NOT_NEGATIVE)
     warmdown_ratio: float = free(0.5, "share of the steps with a falling learning rate", NOT_NEGATIVE)
-    final_lr_frac: float = free(0.0, "last learning rate over the highest", SHARE)
+    final_lr_frac: float = free(0.0, "learning rate after the last step, over the peak", SHARE)
     num_iterations: int = free(-1, "optimizer steps; -1 = by target_param_data_ratio", POSITIVE_OR_AUTO)
     target_param_data_ratio: float = free(10.0, "training tokens for each parameter", POSITIVE)
 
     # Data and run: the host's
     dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
     num_shards: int = free(50, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
-    seed: int = free(0, "of the initial weights", NOT_NEGATIVE)
+    seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
     run_dir: str = host("runs/train", "the folder for everything that the run writes")
     resume: str = host("auto", "auto = go on with an unfinished run; never = a new folder", one_of("auto", "never"))
@@ -380,7 +382,7 @@ class BaseConfig:
     profile_start: int = host(15, "the first step of the XProf trace", NOT_NEGATIVE)
     profile_steps: int = host(5, "how many steps are traced; 0 = none", NOT_NEGATIVE)
     wandb_mode: str = host("auto", "auto = online if there is a key", one_of("auto", "online", "offline", "disabled"))
-    wandb_project: str = host("tpuchat", "of wandb")
+    wandb_project: str = host("tpuchat", "wandb project")
     eval_tokens: int = host(524_288, "validation tokens of an evaluation during training", POSITIVE)
     final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
@@ -467,6 +469,8 @@ class BaseConfig:
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
+        if rows == config.device_batch_size:
+            return config
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
 
 
@@ -959,7 +963,7 @@ def init_params(config, key):
     | weight                | shape                  | initial value                                            |
     |-----------------------|------------------------|----------------------------------------------------------|
     | embed                 | [V, D]                 | normal, std 0.1; a norm follows, so only its direction   |
-    |                       |                        | matters, and Adam turns a short row faster than a long   |
+    |                       |                        | matters; Adam's step of fixed size turns a short row more |
     | q, k, v, up           | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out   |
     | o, down               | [N, H, D], [F, D]      | zero: at step 0 attention and MLP add nothing            |
     | lm_head               | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V               |
@@ -1194,7 +1198,8 @@ def trunk(config, weights, tokens):
 # %% Forward pass cellView="form" tags=["shared"]
 # @title Forward pass
 def cast_weights(config, params):
-    """Returns the matmul weights in compute_dtype. The embedding stays float32 (see `embed`), and so do the scalars."""
+    """Returns the matmul weights in compute_dtype. The embedding (see `embed`) and the scalars stay float32. Weights that
+    are already cast come back as they are."""
 
     def cast(path, weight):
         keep = weight.ndim == 0 or path[0].key == "embed"
@@ -1345,7 +1350,7 @@ def scheduled_lr(hyper, step):
 
 
 def adam_direction(hyper, t, mu, nu):
-    """Returns Adam's step of size 1 down the gradient, from the moments after update t = 1, 2, …."""
+    """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
 
 
@@ -1715,7 +1720,7 @@ def evaluate(config, params, batches):
     nats = sum(x.astype(np.float64) for x in jax.device_get(sums))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
-    by_position = nats / np.maximum(count, 1)
+    by_position = np.where(count, nats / np.maximum(count, 1), np.nan)
     return {"loss": nats.sum() / count.sum(), "bpb": nats.sum() / math.log(2) / n_bytes, "by_position": by_position}
 
 
@@ -2130,8 +2135,8 @@ def find_tokenizer(config, first_shard):
     Raises InputError if it has more tokens than the model has rows for.
     """
     folders = [first_shard.parent / "tokenizer", tokenizer_folder(config, first_shard)]
-    # The name of the last has the shard's size: another shard, another tokenizer.
-    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{first_shard.stat().st_size}")
+    # The name of the last has the shard's SHA-256: another shard, another tokenizer.
+    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{file_sha256(first_shard)[:8]}")
     folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
     if not folder and config.hf_repo_id:
         with contextlib.suppress(MissingFileError):
@@ -2649,7 +2654,7 @@ def open_run(config):
             continue
         path, meta = newest
         changed = differences(meta["config"], config, lambda field: not field.metadata["resume"])
-        rule = f"{run} holds an unfinished run of another Config ({changed}); change it, or set resume='never'"
+        rule = f"{run} holds an unfinished run of another Config ({changed}); set these back, or resume='never'"
         require(not changed, "run_dir", config.run_dir, rule)
         keep_step_size(config, meta)  # it can be kept, or is refused now
         return run, path
@@ -3175,7 +3180,7 @@ def describe_run(config, run, first):
     """Prints the model, the work and the folder of a run that begins at step `first`."""
     steps, size, attention = config.total_steps, config.tokens_per_step, choose_attention(config, jax.default_backend())
     print(f"model   {describe_params(count_params(config))}; attention {attention}")
-    print(f"work    {steps:,} steps × {size:,} tokens = {steps * size / 1e6:,.1f}M tokens of {config.dataset}")
+    print(f"work    {steps:,} steps × {size:,} tokens = {steps * size:,} tokens of {config.dataset}")
     print(f"run     {run}" + (f", resumed at step {first}" if first else ""), flush=True)
 
 

@@ -699,7 +699,7 @@ def merge_heads(y):
 # | `attn_impl` | device | what it is |
 # |---|---|---|
 # | `einsum` | all | the reference implementation; writes the T×T scores to memory |
-# | `jax` | all | `jax.nn.dot_product_attention`; on NVIDIA GPUs cuDNN's [flash attention](https://arxiv.org/abs/2205.14135) |
+# | `jax` | all | jax.nn's; on NVIDIA GPUs cuDNN's [flash attention](https://arxiv.org/abs/2205.14135) |
 # | `splash` | TPU | the kernel that ships with jax; skips blocks outside the window |
 # | `pallas` | TPU | jax's older kernel, without windows |
 # | `fused` | TPU | our own (Part II): QK-norm, RoPE and attention in one kernel |
@@ -889,8 +889,8 @@ def trunk(config, weights, tokens):
 
 # %% Forward pass tags=["shared"]
 def cast_weights(config, params):
-    """Returns the matmul weights in compute_dtype. The embedding (see `embed`) and the scalars stay float32. Weights that
-    are already cast come back as they are."""
+    """Returns the matmul weights in compute_dtype. The embedding and the scalars stay float32. Weights that are
+    already cast come back as they are."""
 
     def cast(path, weight):
         keep = weight.ndim == 0 or path[0].key == "embed"

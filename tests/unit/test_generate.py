@@ -146,13 +146,27 @@ def test_picks_follow_temperature_top_k_and_top_p(nb):
     [({"max_new_tokens": 0}, r"max_new_tokens=0: must be positive"), ({"top_k": 0}, r"top_k=0: must be positive"),
      ({"temperature": -0.1}, r"temperature=-0.1: must not be negative"), ({"temperature": float("nan")}, r"=nan: "),
      ({"top_p": 0}, r"top_p=0: must be above 0"), ({"top_p": 1.5}, r"top_p=1.5: must be above 0 and at most 1"),
-     ({"prompt": []}, r"prompt=\[\]: .*at least one")],
+     ({"prompt": []}, r"prompt=\[\]: .*at least one"),
+     ({"max_new_tokens": 31}, r"max_new_tokens=31: must be at most 28: the prompt takes 4 of the context's 32 tokens")],
 )  # fmt: skip
 def test_bad_arguments(nb, tokenizer, bad, message):
     """Refused by name, value and rule, before anything is compiled."""
     arguments = {"prompt": "The", "max_new_tokens": 20} | bad
     with pytest.raises(nb.InputError, match=message):
         nb.generate(small_config(nb), {}, tokenizer, **arguments)
+
+
+def test_up_to_the_last_token_of_the_context(nb, tokenizer):
+    """BOS, the longest prompt and the new tokens fill it exactly; one more is refused."""
+    config, params = model(nb, tokenizer)
+    longest = config.seq_len - 1 - len(tokenizer.encode_ordinary("She said"))
+    prompts = ["She said", "It"]
+    texts = nb.generate(config, params, tokenizer, prompts, max_new_tokens=longest, temperature=0)
+    ids = [[tokenizer.encode_single_token("<|bos|>"), *tokenizer.encode_ordinary(text)] for text in prompts]
+    for text, prompt, row in zip(texts, prompts, ids, strict=True):
+        assert text == prompt + tokenizer.decode(uncached(nb, config, params, row, longest)[len(row) :])
+    with pytest.raises(nb.InputError, match=f"max_new_tokens={longest + 1}: must be at most {longest}"):
+        nb.generate(config, params, tokenizer, prompts, max_new_tokens=longest + 1)
 
 
 def test_a_token_that_the_tokenizer_lacks_is_no_crash(nb, tokenizer):

@@ -1,5 +1,6 @@
 """The loader loses, repeats and hides no token, goes on where it was, and leaves nothing behind."""
 
+import concurrent.futures
 import itertools
 import json
 import os
@@ -80,18 +81,19 @@ def test_each_process_reads_documents_of_its_own(nb, tokenizer, tmp_path, proces
         want = reference(nb, tokenizer, [texts[process::processes]], 1)
         options = dict(process=process, processes=processes)
         with nb.PrefetchDataLoader(config, tokenizer, [lambda: path], **options) as loader:
+            assert loader.shape == (1, 6 // processes, 16)
             batches = take(loader, len(want) // (6 // processes * 16))
-        assert batches[0][0].shape == (6 // processes, 16)
         have = np.concatenate([tokens.ravel() for tokens, _ in batches])
         np.testing.assert_array_equal(have, want[: len(have)])
-    with pytest.raises(nb.InputError, match="total_batch_size=96: must give each of 4 processes as many sequences"):
+    with pytest.raises(nb.InputError, match="device_batch_size=6: must give each of 4 processes as many sequences"):
         nb.PrefetchDataLoader(config, tokenizer, [lambda: path], process=0, processes=4)
 
 
 def test_batches_are_on_the_device(nb, tokenizer, three):
+    """As train_step takes them: [A, B, T]."""
     with nb.PrefetchDataLoader(small(nb, 2, 8, rows=4), tokenizer, three[0]) as loader:
         for batch in within(lambda: next(loader)):
-            assert isinstance(batch, jax.Array) and batch.dtype == jnp.int32 and batch.shape == (4, 8)
+            assert isinstance(batch, jax.Array) and batch.dtype == jnp.int32 and batch.shape == (2, 2, 8)
             assert batch.devices() == {jax.devices()[0]} and not batch.weak_type
 
 
@@ -150,6 +152,94 @@ def test_a_wrong_position_is_refused(nb, tokenizer, three, state):
         take(loader, 1)
 
 
+def test_another_number_of_processes_restarts_at_the_lowest_row(nb, tokenizer, three, capsys):
+    """And says so; the same number goes on where each was."""
+    fetchers, texts = three
+    places = [dict(epoch=0, shard=0, row=row, offset=2) for row in (4, 7)]
+    options = dict(process=1, processes=2)
+    with nb.PrefetchDataLoader(small(nb, 2, 8), tokenizer, fetchers, **options) as loader:
+        loader.load_state_dict({"processes": places})
+        want = nb.encode_document(tokenizer, texts[0][7])[2:]
+        np.testing.assert_array_equal(take(loader, 1)[0][0].ravel()[: len(want)], want[:8])
+    assert not capsys.readouterr().out
+    with nb.PrefetchDataLoader(small(nb, 2, 8), tokenizer, fetchers) as loader:
+        loader.load_state_dict({"processes": places})
+        stream = reference(nb, tokenizer, [texts[0][4:]], 1)
+        np.testing.assert_array_equal(take(loader, 1)[0][0].ravel(), stream[:16])
+    assert "resumed by 1 processes after 2" in capsys.readouterr().out
+
+
+# ---- the three generators
+
+
+def groups_of(nb, shards, start=(), count=99, **options):
+    """The first groups of documents: [[(row, offset, text), …] or "end", …] until the first shard comes again."""
+    found = []
+    for group in itertools.islice(nb.document_groups(shards, nb.Position(*start), **options), count):
+        if group and group[0][0].epoch > 0:
+            break
+        found.append([(place.row, place.offset, text) for place, text in group] or "end")
+    return found
+
+
+def test_document_groups(nb, three, monkeypatch):
+    """Every document once, with its place; groups of GROUP_CHARS, and an empty one at the end of each shard. The offset
+    is that of the first document alone; of several processes each takes every n-th row."""
+    fetchers, texts = three
+    monkeypatch.setattr(nb, "GROUP_CHARS", 300)
+    found = groups_of(nb, fetchers)
+    parts = " ".join("|" if group == "end" else "x" for group in found).split("|")
+    assert len(parts) == 4 and parts[0].count("x") > 1 and not parts[3]
+    rows = [row for group in found if group != "end" for row in group]
+    assert rows == [(i, 0, text) for part in texts for i, text in enumerate(part)]
+    for group in found:
+        assert group == "end" or sum(len(text) for *_, text in group[:-1]) < 300
+    found = groups_of(nb, fetchers, (0, 0, 21, 5), 2)
+    assert found == [[(21, 5, texts[0][21]), (22, 0, texts[0][22])], "end"]
+    found = groups_of(nb, fetchers[2:], process=1, processes=3)
+    assert [row for group in found if group != "end" for row, *_ in group] == [1, 4, 7, 10]
+    for start, options, words in [((0, 1, 1), {}, "row 1"), ((0, 1, 0), dict(processes=2), "2 at least")]:
+        with pytest.raises(nb.InputError, match=f"shard_00001.parquet: has 1 documents; .*{words}"):
+            groups_of(nb, fetchers, start, **options)
+
+
+def test_encoded_groups(nb, tokenizer):
+    """In order, whoever is first; the first document from its offset on; and nothing is held back at a shard's end."""
+    texts = documents(3, 40)
+    groups = [[(nb.Position(row=i, offset=3 * (i == 0)), text)] for i, text in enumerate(texts)]
+    taken = []
+
+    def source():
+        for group in [*groups, []]:
+            taken.append(group)
+            yield group
+        pytest.fail("the next shard was asked for while documents were held back")
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        encoded = nb.encoded_groups(tokenizer, source(), pool, 5)
+        have = [next(encoded)]
+        assert len(taken) == 6
+        have += itertools.islice(encoded, len(groups) - 1)
+    for i, (((place, tokens),), text) in enumerate(zip(have, texts, strict=True)):
+        assert place.row == i
+        np.testing.assert_array_equal(tokens, nb.encode_document(tokenizer, text)[3 * (i == 0) :])
+
+
+def test_packed_batches(nb):
+    """All batches that a group completes, in a list; what is left waits; the position is that of the next token."""
+    documents = [np.arange(start, stop) for start, stop in ((0, 5), (5, 6), (6, 13), (13, 30))]
+    groups = [[(nb.Position(row=i), tokens)] for i, tokens in enumerate(documents)]
+    made = list(nb.packed_batches(iter(groups), (2, 1, 3)))
+    assert [len(batches) for batches in made] == [2, 2]
+    for i, (tokens, targets, place) in enumerate(itertools.chain(*made)):
+        assert tokens.shape == targets.shape == (2, 1, 3) and tokens.dtype == targets.dtype == np.int32
+        np.testing.assert_array_equal(tokens.ravel(), np.arange(6 * i, 6 * i + 6))
+        np.testing.assert_array_equal(targets, tokens + 1)
+        following = 6 * (i + 1)
+        row = next(row for row, tokens in enumerate(documents) if following in tokens)
+        assert place == nb.Position(row=row, offset=following - documents[row][0])
+
+
 # ---- the loader's threads
 
 
@@ -181,8 +271,12 @@ class BrokenTokenizer:
 def test_what_is_wrong_is_named(nb, tokenizer, three, tmp_path, what):
     bad = write_shard(tmp_path / "bad.parquet", ["x"] * 3 + [None])
     shards, encoder, message = {
-        "no shard": ([lambda: tmp_path / "none.parquet"], tokenizer, r"none\.parquet: there is no such shard"),
-        "a bad second shard": ([three[0][0], lambda: bad], tokenizer, r"bad\.parquet: the text of row 3 is null"),
+        "no shard": ([lambda: nb.check_shard(tmp_path / "none.parquet")], tokenizer, r"none\.parquet: cannot be read"),
+        "a bad second shard": (
+            [three[0][0], lambda: bad],
+            tokenizer,
+            r"bad\.parquet: the text of row 3 is missing, null",
+        ),
         "a tokenizer that fails": (three[0], BrokenTokenizer(), "cannot encode"),
     }[what]
     with nb.PrefetchDataLoader(small(nb, 1, 8), encoder, shards) as loader:

@@ -178,6 +178,45 @@ def test_no_free_field_is_read_while_tracing(nb):
     assert not read
 
 
+# The state and the batch
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 1, "vocab_size": 1000, "compute_dtype": "bfloat16"}])
+def test_state_shapes_is_the_state_without_arrays(nb, changes):
+    config = small_config(nb, **changes)
+    shapes, state = nb.state_shapes(config), nb.init_train_state(config)
+    assert all(type(x) is jax.ShapeDtypeStruct for x in jax.tree.leaves(shapes))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.weak_type), state
+    )
+    far = config.replace(mesh=(4, 16), n_head=64, n_kv_head=64)  # of more devices than are here
+    assert nb.state_shapes(far).params["embed"].shape == (config.vocab_size, 64 * 16)
+
+
+def test_put(nb):
+    """On one device: any tree, as it is, on the device."""
+    tree = {"a": np.arange(6, dtype=np.int32).reshape(2, 3), "b": (np.float32(2), jnp.ones(3, jnp.bfloat16))}
+    there = nb.put(small_config(nb), tree, nb.ROWS)
+    assert jax.tree.structure(there) == jax.tree.structure(tree)
+    for x, y in zip(*map(jax.tree.leaves, (there, tree)), strict=True):
+        assert isinstance(x, jax.Array) and x.devices() == {jax.devices()[0]} and x.dtype == y.dtype and (x == y).all()
+
+
+def test_a_batch_may_be_flat_on_one_device(nb):
+    """[A·B, T] is [A, B, T], to the bit."""
+    config = small_config(nb, total_batch_size=2 * 2 * 32)
+    assert batch(config)[0].shape == config.batch_shape == (2, 2, 32)
+    flat, whole = (nb.train_step(config, shaken_state(nb, config), *xs) for xs in (sequences(config), batch(config)))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, flat, whole))
+
+
+def test_memory_of_a_step(nb):
+    """The state, float32 weights and two moments of them, the batch, and not absurdly more."""
+    config = small_config(nb)
+    state = 3 * 4 * nb.count_params(config)["total"]
+    assert state < nb.memory_of_step(config) < 20 * state
+
+
 # Buffers
 
 

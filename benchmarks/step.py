@@ -104,7 +104,7 @@ def main():
     args = parser.parse_args()
     kind = jax.devices()[0].device_kind
     for chip in [""] if DEVICES else args.chips:
-        peak_flops = train.peak_flops(kind if DEVICES else CHIPS[chip].kind) or float("nan")
+        peak_flops = train.peak_flops(kind if DEVICES else chip) or float("nan")
         print(f"{f'{kind}, measured' if DEVICES else f'{chip}, estimates':32}{'ms':>8}{'tok/s':>10}{'MFU':>7}{'T×T':>7}"
               f"{'peak GiB':>10}{'all of it s':>12}{'ratio':>7}")  # fmt: skip
         for name in args.rows:

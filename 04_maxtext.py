@@ -1175,8 +1175,8 @@ def lm_head(config, params, x):
 # %% Forward pass cellView="form" tags=["shared"]
 # @title Forward pass
 def cast_weights(config, params):
-    """Returns the matmul weights in compute_dtype. The embedding (see `embed`) and the scalars stay float32. Weights that
-    are already cast come back as they are."""
+    """Returns the matmul weights in compute_dtype. The embedding and the scalars stay float32. Weights that are
+    already cast come back as they are."""
 
     def cast(path, weight):
         keep = weight.ndim == 0 or path[0].key == "embed"

@@ -1321,7 +1321,10 @@ def encoded_groups(tokenizer, groups, pool, ahead):
     """Yields [(Position, tokens), …] for each group of documents, encoded by the pool, `ahead` groups in advance."""
 
     def encode(group):
-        return [(place, encode_document(tokenizer, text)[place.offset :]) for place, text in group]
+        encoded = [(place, encode_document(tokenizer, text)[place.offset :]) for place, text in group]
+        if any(len(tokens) == 0 for _, tokens in encoded):
+            raise InputError(f"loader position {group[0][0]}: the document has fewer tokens; was the shard changed?")
+        return encoded
 
     pending = collections.deque()
     for group in groups:

@@ -201,10 +201,12 @@ SHARE = "must lie in [0, 1]", lambda value: 0 <= value <= 1
 
 
 def one_of(*choices):
+    """Returns the rule that a value is one of `choices`."""
     return f"must be one of {', '.join(choices)}", lambda value: value in choices
 
 
 def at_least(least, why):
+    """Returns the rule that a value is at least `least`."""
     return f"must be at least {least}: {why}", lambda value: value >= least
 
 
@@ -747,6 +749,7 @@ def is_intact(path):
 
 
 def file_sha256(path):
+    """Returns the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

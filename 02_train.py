@@ -280,10 +280,12 @@ SHARE = "must lie in [0, 1]", lambda value: 0 <= value <= 1
 
 
 def one_of(*choices):
+    """Returns the rule that a value is one of `choices`."""
     return f"must be one of {', '.join(choices)}", lambda value: value in choices
 
 
 def at_least(least, why):
+    """Returns the rule that a value is at least `least`."""
     return f"must be at least {least}: {why}", lambda value: value >= least
 
 
@@ -749,11 +751,13 @@ def splash_kernel(N, T, window, block):
 
 
 def splash_attention(q, k, v, window, block):
+    """jax's splash kernel, in tiles of `block`; arguments and result as einsum_attention's."""
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash leaves the scale to its caller
     return jax.vmap(splash_kernel(*q.shape[1:3], window, block))(q, k, v)
 
 
 def pallas_attention(q, k, v, block):
+    """jax's older flash kernel, causal, in tiles of `block`."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))  # it wants K = N
@@ -2061,6 +2065,7 @@ def is_intact(path):
 
 
 def file_sha256(path):
+    """Returns the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

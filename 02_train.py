@@ -567,7 +567,8 @@ if IN_NOTEBOOK:
 #
 # `mesh="auto"` is pure data parallelism. On one device the functions below return their argument: read over them.
 
-# %% Mesh tags=["shared"]
+# %% Mesh cellView="form" tags=["shared"]
+# @title Mesh
 ROWS = ("data", "fsdp")  # the axis of sequences, or of tokens, is sharded over all devices
 
 
@@ -720,7 +721,8 @@ def einsum_attention(q, k, v, window):
     return out.reshape(-1, N, T, H)
 
 
-# %% Attention by libraries tags=["shared"]
+# %% Attention by libraries cellView="form" tags=["shared"]
+# @title Attention by libraries
 def jax_attention(q, k, v, window):
     """jax.nn.dot_product_attention; by cuDNN where this machine has a GPU that it supports."""
     T, H = q.shape[2:]

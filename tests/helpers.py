@@ -230,23 +230,6 @@ def run_code(code, env=None):
     return answers_of(started_code(code, env))
 
 
-def run_notebook(name, folder, **settings):
-    """(text, outputs) of an .ipynb in a real kernel; `settings` are of its Config, or of its forms."""
-    import nbclient
-    import nbformat
-
-    from tools import colab
-
-    notebook = nbformat.read(ROOT / name, 4)
-    colab.change(notebook, name, [f"{field}={value}" for field, value in settings.items()])
-    notebook = nbformat.from_dict(notebook)
-    (folder / name).write_text(nbformat.writes(notebook))
-    where = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    return "".join(output.get("text", "") for output in outputs), outputs
-
-
 # ---- waiting
 
 

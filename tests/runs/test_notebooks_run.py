@@ -1,16 +1,30 @@
-"""Each notebook in a real Jupyter kernel, top to bottom, with a Config of a few steps and without a network."""
+"""Each notebook in a real Jupyter kernel, top to bottom, with a Config of a few steps, an empty home and no network.
+
+Every cell ends well, every try-it cell prints, and nothing is red: bars and warnings would be.
+"""
 
 import base64
 
+import nbclient
+import nbformat
 import pytest
 
-from tests.helpers import ALIGNED, EMBEDDED, TINY, run_notebook, without_hub
+from tests.helpers import ALIGNED, EMBEDDED, ROOT, TINY, without_hub
+from tools import colab
 
 FEW = TINY | dict(num_iterations=8, log_interval=1, eval_interval=4, sample_interval=4, profile_steps=2)
 WIDE = {name: FEW[name] for name in FEW if name not in ("aspect_ratio", "head_dim", "seq_len")}
 WIDE |= ALIGNED | dict(vocab_size=4096, n_layer=1, device_batch_size=2)
 TRIAL = dict(n_head=8, head_dim=4, aspect_ratio=16, seq_len=32, device_batch_size=4, eval_tokens=512,
              final_eval_tokens=512, num_iterations=20)  # fmt: skip
+SMALL = "--n_head 1 --aspect_ratio 128 --vocab_size 512 --seq_len 256"
+SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pictures are shown
+    "01": (dict(dataset=EMBEDDED), ["byte for byte the tokenizer beside the shards", "merging: 100%", "per token"], 1),
+    "02": (FEW, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 2),
+    "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "config = Config"], 2),
+    "04": (WIDE, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 2),
+    "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 1),
+}
 
 
 @pytest.fixture
@@ -23,30 +37,27 @@ def offline(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pictures(outputs):
-    return [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-
-
-@pytest.mark.parametrize(("name", "settings"), [("02_train.ipynb", FEW), ("04_maxtext.ipynb", WIDE)])
-def test_training(offline, name, settings):
-    text, outputs = run_notebook(name, offline, **settings | dict(run_dir=offline / "run", dataset=EMBEDDED))
-    assert "bits per byte" in text and "The people of the United States" in text
-    files = [(offline / "run" / name).read_bytes() for name in ("loss.png", "loss_by_position.png")]
-    assert [base64.b64decode(picture) for picture in pictures(outputs)] == files  # the live curve ends as the file
-    assert "traced steps of" in text and "new tokens in" in text
-    (page,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
-    assert page.count("bits") > 50
-
-
-def test_a_tokenizer(offline):
-    text, outputs = run_notebook("01_tokenizer.ipynb", offline, dataset=EMBEDDED)
-    assert "byte for byte the tokenizer beside the shards" in text and "bytes per token" in text
-    assert len(pictures(outputs)) == 2
-
-
-def test_a_search(offline):
-    """Without an account: a table, two pictures, and code for 02."""
-    settings = TRIAL | dict(run_dir=offline / "sweep", dataset=EMBEDDED)
-    text, outputs = run_notebook("03_worker.ipynb", offline, LOCAL_TRIALS=2, **settings)
-    assert "budget  2 trials of" in text and "a search on this machine" in text and "config = Config" in text
-    assert len(pictures(outputs)) == 2
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("0*.ipynb")))
+def test_run_all(offline, name):
+    settings, says, count = SETTINGS[name[:2]]
+    notebook = nbformat.read(ROOT / name, 4)
+    if name[:2] in ("02", "03", "04"):
+        settings = settings | dict(run_dir=offline / "run", dataset=EMBEDDED)
+    colab.change(notebook, name, [f"{field}={value}" for field, value in settings.items()])
+    notebook = nbformat.from_dict(notebook)
+    where = {"metadata": {"path": str(offline)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    assert not [word for word in says if word not in text], text
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    tries = {colab.title(cell): cell.outputs for cell in cells if colab.title(cell).startswith("Try it")}
+    assert tries and all(tries.values()), tries
+    shown = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == count
+    if name[:2] in ("02", "04"):
+        files = [(offline / "run" / file).read_bytes() for file in ("loss.png", "loss_by_position.png")]
+        assert [base64.b64decode(picture) for picture in shown] == files  # the live curve ends as the file
+        (page,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
+        assert page.count("bits") > 50

@@ -1,64 +1,30 @@
-"""01_tokenizer.py, as a script and in a real Jupyter kernel: trains, checks, compares, uploads; and its checks."""
+"""01_tokenizer.py as a script: it trains, checks, compares, uploads, and says in a line what is wrong; its checks."""
 
 import dataclasses
 import functools
-import os
-import random
-import subprocess
-import sys
 import threading
 import types
 
 import huggingface_hub
-import nbclient
-import nbformat
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
 import tiktoken
 
-from tests.conftest import ROOT
+from tests.helpers import EMBEDDED, documents, one_line, run_code, script, without_hub, write_shard
 from tests.hub_server import HubServer
-from tools.notebooks import load
 
 FILES = ("tokenizer.tiktoken", "tokenizer.json")
-EMBEDDED = ROOT / "data" / "embedded"
 FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
 SECRET = "hf_planted_secret"
 
 
-@pytest.fixture(scope="module")
-def nb01():
-    """01_tokenizer as a module."""
-    return load(ROOT / "01_tokenizer.py")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(nb01):
-    return nb01.load_tokenizer(EMBEDDED / "tokenizer")
-
-
-def no_network(home):
-    """An environment in which nothing answers: neither the Hub nor where tiktoken's rivals lie."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    nowhere = "http://127.0.0.1:9"  # the discard port: refused at once
-    return mine | {"HOME": str(home), "HF_ENDPOINT": nowhere, "https_proxy": nowhere, "http_proxy": nowhere}
-
-
-def script(env, cwd, *options):
-    command = [sys.executable, str(ROOT / "01_tokenizer.py"), *options]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
 def write_shards(folder, count=3):
-    """`count` shards of a few hundred seeded words, 20 documents each."""
+    """`count` shards of 20 documents."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        rng = random.Random(i)
-        words = ["".join(rng.choices("abcdefgh", k=rng.randint(1, 6))) for _ in range(300)]
-        texts = [" ".join(rng.choices(words, k=200)) for _ in range(20)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet")
+        write_shard(folder / f"shard_{i:05d}.parquet", documents(i, 20))
     return folder
 
 
@@ -67,7 +33,7 @@ def write_shards(folder, count=3):
 
 def test_without_network_it_rebuilds_the_embedded_tokenizer(nb01, tmp_path):
     """As a script, from another folder, with an empty home: every line that a person looks for is there."""
-    done = script(no_network(tmp_path), tmp_path)
+    done = script("01_tokenizer.py", cwd=tmp_path, env=without_hub(tmp_path))
     assert done.returncode == 0, done.stderr
     for line in (
         "this will be the demo", "4,096 tokens from 4 shards", "byte for byte the tokenizer beside the shards",
@@ -86,25 +52,6 @@ def test_without_network_it_rebuilds_the_embedded_tokenizer(nb01, tmp_path):
     assert picture.name == "tokenizer.png" and picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
-    for name, value in no_network(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    notebook = nbformat.read(ROOT / "01_tokenizer.ipynb", 4)
-    (cell,) = (cell for cell in notebook.cells if "Config.for_network())\n" in cell.source)
-    cell.source += f"\nconfig = config.replace(dataset={str(EMBEDDED)!r})"  # the notebook does not know where it lies
-    nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
-    assert "byte for byte the tokenizer beside the shards" in text and "bytes per token" in text
-    assert "▏ dogs▏...▏" in text and "rustbpe has the same: True" in text  # two of the cells to try
-    assert "reading, then merging: 100%" in text  # the bar, and not in red
-    assert not any("merging" in output.get("text", "") for output in outputs if output.get("name") == "stderr")
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -116,94 +63,56 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
         ("--dataset=/no/such/folder", ["dataset='/no/such/folder'", "folder of parquet shards"]),
         ("--run_dir=/proc/nowhere", ["cannot write to /proc/nowhere", "run_dir"]),
         ("--vocab_size=4000000", ["vocab_size=4000000", "yields only", "give more text"]),
+        ("--dataset=numbers", ["a.parquet", "text (int64)"]),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, option, words):
-    done = script(no_network(tmp_path), tmp_path, option)
+    (tmp_path / "numbers").mkdir()
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(pa.table({"text": [1, 2, 3]}), tmp_path / "numbers" / name)
+    done = script("01_tokenizer.py", option, cwd=tmp_path, env=without_hub(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and all(word in line for word in words), done.stderr
+    assert one_line(done.stderr.strip(), "error: ", *words)
     assert not list(tmp_path.rglob("tokenizer.*"))
 
 
-def test_help_has_a_sentence_for_each_option(nb01, tmp_path):
-    done = script(no_network(tmp_path), tmp_path, "--help")
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
+def test_help_has_a_sentence_for_each_option(nb01, capsys):
+    with pytest.raises(SystemExit):
+        nb01.parse_args(["--help"], nb01.Config.demo())
+    text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(nb01.Config):
         sentence = field.metadata["help"]
         assert f"--{field.name}" in text and len(sentence.split()) > 2 and sentence in text, field.name
 
 
-@pytest.mark.parametrize("values", [[1, 2, 3], []], ids=["numbers", "no documents"])
-def test_a_shard_that_is_not_text_is_refused(tmp_path, values):
-    folder = write_shards(tmp_path / "corpus")
-    pq.write_table(pa.table({"text": pa.array(values, pa.int64() if values else pa.string())}), folder / "a.parquet")
-    done = script(no_network(tmp_path), tmp_path, f"--dataset={folder}", "--vocab_size=300")
-    *_, last = done.stderr.splitlines()
-    assert done.returncode == 2 and last.startswith("error: ") and "a.parquet" in last
-    assert ("text (int64)" if values else "has 0 rows") in last
-
-
 def test_from_the_hub_and_back(nb, tmp_path):
     """Two shards of FineWeb-Edu from a Hub on loopback, a tokenizer from them, uploaded to a repo that was not there;
     02_train in a new home, with the same repo, takes that one. The secret is in no output."""
-    folder = write_shards(tmp_path / "shards")
-    names = {"shard_00000.parquet": 0, "shard_00001.parquet": 1, "shard_01822.parquet": 2}
+    texts = [documents(i, 200) for i in range(3)]
     files = {
-        f"/datasets/{FINEWEB}/resolve/main/{name}": (folder / f"shard_{i:05d}.parquet").read_bytes()
-        for name, i in names.items()
+        f"/datasets/{FINEWEB}/resolve/main/shard_{i:05d}.parquet": write_shard(tmp_path / f"{i}", part).read_bytes()
+        for i, part in zip((0, 1, 1822), texts)
     }
     with HubServer(files) as hub:
-        env = hub.environment(tmp_path / "one") | {"HF_TOKEN": SECRET, "HF_HUB_DISABLE_XET": "1"}
-        env |= {name: "http://127.0.0.1:9" for name in ("https_proxy", "http_proxy")} | {"NO_PROXY": "127.0.0.1"}
-        done = script(env, tmp_path, "--vocab_size=300", "--num_shards=2", "--hf_repo_id=me/mine")
+        one, two = (hub.environment(tmp_path / home) | {"HF_TOKEN": SECRET} for home in ("one", "two"))
+        one |= {name: "http://127.0.0.1:9" for name in ("https_proxy", "http_proxy")} | {"NO_PROXY": "127.0.0.1"}
+        options = dict(vocab_size=300, num_shards=2, hf_repo_id="me/mine")
+        done = script("01_tokenizer.py", cwd=tmp_path, env=one, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"data: 2 shards of {FINEWEB}, and one for validation" in done.stdout
         assert "300 tokens from 2 shards" in done.stdout and "uploaded to" in done.stdout
         code = f"""
-import pathlib, sys; sys.path.insert(0, {str(ROOT)!r})
-from tools.notebooks import load
-nb = load({str(ROOT / "02_train.py")!r})
 config = nb.Config.demo().replace(dataset={FINEWEB!r}, num_shards=1, vocab_size=300, hf_repo_id="me/mine")
 shards, _ = nb.list_shards(config)
-nb.save_tokenizer(nb.find_tokenizer(config, shards[0]()), pathlib.Path({str(tmp_path / "found")!r}))
+nb.save_tokenizer(nb.find_tokenizer(config, shards[0]()), Path.home() / "found")
 """
-        env |= {"HOME": str(tmp_path / "two"), "HF_HOME": str(tmp_path / "two" / "hf")}
-        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-        assert found.returncode == 0, found.stderr
-        assert "training" not in found.stdout
+        _, printed = run_code(code, two)
+        assert not any("training" in line for line in printed)
     (made,) = (tmp_path / "one" / ".cache" / "tpuchat" / "tokenizers").iterdir()
-    want = [(made / name).read_bytes() for name in FILES]
-    assert want == [(tmp_path / "found" / name).read_bytes() for name in FILES]
-    texts = [text for i in (0, 1) for _, text in nb.read_documents(folder / f"shard_{i:05d}.parquet")]
-    ranks = nb.train_tokenizer(texts, 300)._mergeable_ranks  # both shards, and not the one that validates
+    assert all((made / name).read_bytes() == (tmp_path / "two" / "found" / name).read_bytes() for name in FILES)
+    ranks = nb.train_tokenizer(texts[0] + texts[1], 300)._mergeable_ranks  # and not the shard that validates
     assert nb.load_tokenizer(made)._mergeable_ranks == ranks
-    assert SECRET not in done.stdout + done.stderr + found.stdout + found.stderr
-
-
-def test_a_local_tokenizer_comes_before_the_hub(nb, tmp_path, monkeypatch):
-    """What 01 has made on this machine is found without asking anybody."""
-    folder = write_shards(tmp_path / "corpus")
-    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(nb, "hub_download", lambda *_: pytest.fail("the Hub was asked"))
-    config = nb.Config.demo().replace(dataset=str(folder), vocab_size=300, hf_repo_id="me/mine")
-    first = folder / "shard_00000.parquet"
-    made = nb.train_tokenizer(["a text of its own " * 50] + ["".join(map(chr, range(32, 127))) * 3] * 9, 300)
-    nb.save_tokenizer(made, nb.tokenizer_folder(config, first))
-    assert nb.find_tokenizer(config, first)._mergeable_ranks == made._mergeable_ranks
-
-
-def test_a_tokenizer_of_other_shards_is_not_taken(nb, tmp_path, monkeypatch, capsys):
-    """What was trained on the first shard is trained anew when that shard is another one."""
-    folder = write_shards(tmp_path / "corpus")
-    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
-    config = nb.Config.demo().replace(dataset=str(folder), vocab_size=300)
-    first = folder / "shard_00000.parquet"
-    before = nb.find_tokenizer(config, first)._mergeable_ranks
-    pq.write_table(pa.table({"text": ["quite another text " * 30 + str(list(range(500)))] * 40}), first)
-    assert nb.find_tokenizer(config, first)._mergeable_ranks != before
-    assert capsys.readouterr().out.count("training a tokenizer") == 2
+    assert SECRET not in done.stdout + done.stderr + str(printed)
 
 
 # ---- reading

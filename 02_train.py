@@ -2845,9 +2845,9 @@ def xprof_trace(run):
 
 def find_data(config):
     """Returns (training shards, validation shard, tokenizer): shards are functions; the first has been called."""
+    shards, fetch_validation = list_shards(config)
     if not is_first():
         multihost_utils.sync_global_devices("data")  # the first process downloads and trains; the others find it
-    shards, fetch_validation = list_shards(config)
     for fetch in shards[:1] if on_hub(config.dataset) else [*shards, fetch_validation]:
         fetch()
     tokenizer = find_tokenizer(config, shards[0]())

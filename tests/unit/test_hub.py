@@ -46,15 +46,11 @@ def closed_port():
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def documents(seed, count=1, words=2000):
-    rng = random.Random(seed)
-    return [" ".join("".join(rng.choices("abcdefgh", k=3)) for _ in range(words)) for _ in range(count)]
-
-
-def parquet(texts, **options):
-    """The bytes of a shard."""
-    file = io.BytesIO()
-    pq.write_table(pa.table({"text": texts}), file, **options)
+def parquet(seed, count=1, size=8000):
+    """The bytes of a shard of `count` seeded documents of so many characters, not compressed."""
+    rng, file = random.Random(seed), io.BytesIO()
+    texts = [rng.randbytes(size // 2).hex() for _ in range(count)]
+    pq.write_table(pa.table({"text": texts}), file, compression="none", use_dictionary=False)
     return file.getvalue()
 
 
@@ -91,7 +87,7 @@ class Case(NamedTuple):
 
 
 GOOD, PAGE = Case().data, b"<html>Please log in to the Wi-Fi.</html>"
-LARGE, CUT = large(8, 24 * MB), 21 * MB
+LARGE, CUT = parquet(8, size=24 * MB), 21 * MB
 WRONG = Fault(body=GOOD[:100] + bytes(100) + GOOD[200:])
 ALL = dict(times=ALWAYS)
 
@@ -130,36 +126,26 @@ def background(tmp_path_factory):
         faults[path] = case.faults
         if case.data is not None:
             files[path] = case.data
-    code = f"repos = { ({name: case_repo(name) for name in CASES})!r}"
-    code += """
-threads = []
-
-def meet(case, repo):
+    repos = {name: case_repo(name) for name in CASES}
+    code = """
+def meet(case, call):
     started, answer = time.monotonic(), {}
-    def get():
-        path = nb.hub_shard(repo, "shard_00000.parquet")
-        answer["sha"] = sha(path)
-        return nb.check_shard(path)
-    answer["said"] = message(get)
+    answer["said"] = message(lambda: answer.update(sha=sha(call())))
     answers[case] = answer | {"seconds": time.monotonic() - started}
 
-for case, repo in repos.items():
-    threads.append(threading.Thread(target=meet, args=(case, repo)))
-    threads[-1].start()
-for thread in threads:
-    thread.join()
-answers["wrong files"] = wrong_files()
+def meet_all(calls):
+    threads = [threading.Thread(target=meet, args=call) for call in calls.items()]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    answers["wrong files"] = wrong_files()
 """
-    alone = """
-started = time.monotonic()
-answers["said"] = message(first)
-answers["seconds"] = time.monotonic() - started
-"""
+    every = f"meet_all({{n: lambda r=r: nb.hub_shard(r, 'shard_00000.parquet') for n, r in {repos!r}.items()}})"
     with HubServer(files, faults) as hub:
         env = hub.environment(tmp_path_factory.mktemp("cases"))
-        cases = started_code(FIRST + code, env | {"HF_HUB_DOWNLOAD_TIMEOUT": "5"})
+        cases = started_code(FIRST + code + every, env | {"HF_HUB_DOWNLOAD_TIMEOUT": "5"})
         env = hub.environment(tmp_path_factory.mktemp("alone")) | {"HF_ENDPOINT": closed_port()}
-        processes = {"cases": cases, "alone": started_code(FIRST + alone, env)}
+        processes = {"cases": cases, "alone": started_code(FIRST + code + "meet_all({'alone': first})", env)}
         yield processes | {"hub": hub}
         for process in processes.values():
             process.kill()
@@ -227,7 +213,7 @@ for damage in (lambda data: b"\\0" * 99 + data[99:], lambda data: data[:-99], la
 
 
 def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_path):
-    data = hub.files[url(FINEWEB)] = large(2, 13 * MB)
+    data = hub.files[url(FINEWEB)] = parquet(2, size=13 * MB)
     hub.faults[url(FINEWEB)] = [Fault(cut=12 * MB, wait=threading.Event())]
     process = started_code(FIRST + "first()", hub.environment(tmp_path))
     blobs = tmp_path / "hf" / "hub" / f"datasets--{FINEWEB.replace('/', '--')}" / "blobs"
@@ -241,7 +227,7 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_pat
 
 def test_a_full_disk(hub, tmp_path):
     """One line; and when there is room, the same call goes well. A limit on the size of files stands for the disk."""
-    data = hub.files[url(FINEWEB)] = large(3, 3 * MB)
+    data = hub.files[url(FINEWEB)] = parquet(3, size=3 * MB)
     code = """
 import errno, resource, signal
 from huggingface_hub import file_download
@@ -404,8 +390,6 @@ def test_what_is_asked_again(met, background):
 
 def test_no_network(background):
     """The client tries for some time; then it is one line."""
-    answers, _ = answers_of(background["alone"])
-    assert one_line(
-        answers["said"], "cannot download shard_00000.parquet", "check the network, or use dataset='embedded'"
-    )
-    assert answers["seconds"] < 60
+    answer = answers_of(background["alone"])[0]["alone"]
+    hint = "check the network, or use dataset='embedded'"
+    assert one_line(answer["said"], "cannot download shard_00000.parquet", hint) and answer["seconds"] < 60

@@ -294,6 +294,37 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+# %% What the kernels can take cellView="form" tags=["shared"]
+# @title What the kernels can take
+def check_block_size(block_size, seq_len):
+    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
+    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
+    block = min(block_size, seq_len)
+    require(
+        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
+        f"must be a multiple of 128 that divides seq_len={seq_len}",
+    )  # fmt: skip
+
+
+def fits_vmem(T, H):
+    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
+    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_attention(config):
+    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
+    impl = config.attn_impl
+    if impl in ("splash", "pallas"):
+        check_block_size(config.splash_block_size, config.seq_len)
+    if impl == "pallas":
+        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
+        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
+    if impl == "fused":
+        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
+        rule += "at most 4096·128; or set attn_impl='splash'"
+        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
+
+
 # %% Options of every run cellView="form" tags=["shared"]
 # @title Options of every run
 IMPLS = "auto", "einsum", "jax", "splash", "pallas", "fused"
@@ -452,37 +483,6 @@ class BaseConfig:
         if rows == config.device_batch_size:
             return config
         return config.replace(device_batch_size=rows, total_batch_size=config.tokens_per_step)
-
-
-# %% What the kernels can take cellView="form" tags=["shared"]
-# @title What the kernels can take
-def check_block_size(block_size, seq_len):
-    """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
-    require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
-    block = min(block_size, seq_len)
-    require(
-        block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
-        f"must be a multiple of 128 that divides seq_len={seq_len}",
-    )  # fmt: skip
-
-
-def fits_vmem(T, H):
-    """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
-    return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
-
-
-def check_attention(config):
-    """Raises InputError if config.attn_impl names a kernel that cannot take the shapes of config."""
-    impl = config.attn_impl
-    if impl in ("splash", "pallas"):
-        check_block_size(config.splash_block_size, config.seq_len)
-    if impl == "pallas":
-        rule = "is causal only: set window_pattern='L', or attn_impl='splash'"
-        require(min(config.windows) >= config.seq_len, "attn_impl", impl, rule)
-    if impl == "fused":
-        rule = f"needs seq_len={config.seq_len} and head_dim={config.head_dim} to be multiples of 128, of a product of "
-        rule += "at most 4096·128; or set attn_impl='splash'"
-        require(fits_vmem(config.seq_len, config.head_dim), "attn_impl", impl, rule)
 
 
 # %% Norm and RoPE cellView="form" tags=["shared"]
@@ -865,14 +865,14 @@ def trunk(config, weights, tokens):
 #
 # The logits of 8 × 2048 tokens take 2 GiB in float32, and 1 GiB in the bfloat16 that `softcap_losses` keeps. With
 # `loss_chunks`, the head and the loss are computed for a part of the tokens at a time, and their gradients as well: the
-# loss is a mean, so the gradient of each token's loss is known, 1/S, before the backward pass begins. No array of the
-# logits' size outlives its chunk, and no matmul is done twice (so does [Liger](https://arxiv.org/abs/2410.10989)). The
+# loss is a mean, so the gradient of each token's loss is known, 1/(B·T), before the backward pass begins. No array of
+# the logits' size outlives its chunk, and no matmul is done twice, as in [Liger](https://arxiv.org/abs/2410.10989). The
 # price: every chunk adds to the gradient of the head, in float32. On several devices a chunk has tokens of each device.
 
 
 # %% Chunks
 def in_parts(config, x, n):
-    """[S, …] → [n, S/n, …]: parts to be taken one after the other, each of rows of every device."""
+    """[B·T, …] → [n, B·T/n, …]: parts to be taken one after the other, each with rows of every device."""
     if config.devices > 1:
         x = x.reshape(config.devices, n, -1, *x.shape[1:]).swapaxes(0, 1)
         x = constrain(config, x, None, ROWS).reshape(n, -1, *x.shape[3:])
@@ -881,7 +881,7 @@ def in_parts(config, x, n):
 
 
 def from_parts(config, x):
-    """[n, S/n, …] → [S, …]: the inverse of in_parts."""
+    """[n, B·T/n, …] → [B·T, …]: the inverse of in_parts."""
     if config.devices > 1:
         x = x.reshape(x.shape[0], config.devices, -1, *x.shape[2:]).swapaxes(0, 1)
         x = constrain(config, x, ROWS).reshape(-1, *x.shape[3:])
@@ -892,7 +892,7 @@ def from_parts(config, x):
 # %% Mean loss
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked_mean_loss(config, x, head, targets):
-    """Returns the mean of softcap_losses, a chunk of the tokens at a time. x: [S, D]; head: [D, V]; targets: [S]."""
+    """Returns the mean of softcap_losses, a chunk at a time. x: [B·T, D]; head: [D, V]; targets: [B·T]."""
     chunks = tuple(in_parts(config, y, config.loss_chunks) for y in (x, targets))
     return jnp.mean(jax.lax.map(lambda part: softcap_losses(part[0], head, part[1], config.softcap), chunks))
 
@@ -960,7 +960,7 @@ if IN_NOTEBOOK:
 # | `v6e_64` | 6.83B | 1 × 64 | 16 | 136.6B | 668,913 | 47.7% | 26.88 GiB | 57 hours |
 #
 # Several hosts are asked for: `cloud/host.sh start 04_maxtext.py --preset v6e_64` sets `TPUCHAT_HOSTS=many`, and each
-# host runs this file (README.md). In a notebook, set `config = Config.small()`, or another preset, below *Configure*.
+# host runs this file (docs/cloud.md). In a notebook, set `config = Config.v6e_8()` in *Configure*.
 
 # %% Presets
 PRESETS = "small", "demo", "v6e_8", "v6e_64"  # classmethods of Config
@@ -3264,6 +3264,7 @@ with one_line_errors():
     preset, options = preset_option([] if IN_NOTEBOOK else sys.argv[1:])
     help_ = f"--preset {' | '.join(PRESETS)}: another size to begin with"
     config = parse_args(options, preset or Config.for_device(), help_)
+# config = Config.small().replace(num_iterations=1000)
 
 # %% [markdown]
 # ## Does it fit?
@@ -3339,7 +3340,7 @@ PROMPT = "In the beginning"  # @param {type:"string"}
 TEMPERATURE = 0.8  # @param {type:"number"}
 LENGTH = 60  # @param {type:"integer"}
 with one_line_errors():
-    choices = {"max_new_tokens": LENGTH, "temperature": TEMPERATURE, "top_p": 0.95}
+    choices = {"max_new_tokens": min(LENGTH, config.seq_len // 2), "temperature": TEMPERATURE, "top_p": 0.95}
     for text in generate(config, state.params, tokenizer, [PROMPT] * 3, speed=True, **choices):
         print(text, end="\n\n")
 

@@ -890,7 +890,7 @@ def parse_args(argv, config, epilog=""):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
     given, rest = parser.parse_known_args(argv)
     if rest and rest[0].startswith(("--preflight", "--scaling")):
-        refuse("--preflight and --scaling are a notebook of their own now: python 05_preflight.py 02_train.py v6e")
+        refuse(f"--preflight and --scaling have a notebook of their own: python 05_preflight.py {parser.prog} v6e")
     if rest:
         refuse(f"unknown option {rest[0]!r}{suggest(rest[0].lstrip('-').split('=')[0], fields)}")
     return config.replace(**vars(given))

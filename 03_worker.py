@@ -1852,7 +1852,8 @@ def train(config, report=None):
     """
     with Training(config, report) as run:
         config, state, run.state = run.config, run.state, None  # donated: nothing else may hold it
-        for step in range(run.first_step, config.total_steps):
+        total = config.total_steps
+        for step in range(run.first_step, total):
             run.trace(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 tokens, targets = run.next_batch()
@@ -1861,7 +1862,7 @@ def train(config, report=None):
                     metrics |= state_norms(state)
             run.log_step(step, metrics, state)
 
-            done, last = step + 1, step + 1 == config.total_steps
+            done, last = step + 1, step + 1 == total
             stop = run.asked_to_stop(done)
             if last or due(done, config.eval_interval):
                 run.evaluate(state, last)
@@ -2817,10 +2818,11 @@ class RunLog:
 
     def __init__(self, config, run, step, sinks, quiet=False):
         self.config, self.run, self.sinks, self.quiet, self.done = config, run, sinks, quiet, step
+        self.total = config.total_steps
         self.flops, peak = flops_per_token(config), peak_flops(jax.devices()[0].device_kind)
         self.peak = peak and peak * config.devices
         layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}"
-        self.bar = progress_bar(total=config.total_steps, initial=step, bar_format=layout, mininterval=0.5)
+        self.bar = progress_bar(total=self.total, initial=step, bar_format=layout, mininterval=0.5)
         self.previous, self.current = [], []  # (step, metrics on the device, batch, seconds waited) of two intervals
         self.seen, self.steps, self.seconds = None, 0, 0.0  # (step, moment) of the last result; training in all
         self.times = collections.Counter()  # seconds of all that is not training
@@ -2832,8 +2834,7 @@ class RunLog:
             sink(step, values)
 
     def say(self, text, step=None):
-        total = self.config.total_steps
-        tqdm.write(f"step {step:>{len(str(total))}}/{total}  {text}" if step is not None else text)
+        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
         sys.stdout.flush()
 
     def train_step(self, step, metrics, batch="", waited=0.0):
@@ -2877,7 +2878,7 @@ class RunLog:
 
     def show(self, step, metrics, waited):
         """Writes a line of metrics to the sinks and the progress bar, or to stdout where nobody sees a bar."""
-        rates, interval, total = self.measure(step + 1), self.config.log_interval, self.config.total_steps
+        rates, interval, total = self.measure(step + 1), self.config.log_interval, self.total
         self.last = {**metrics, **rates, "data_wait_seconds": waited - self.waited}  # since the line before
         self.waited = waited
         self.write(step, **self.last)
@@ -3233,7 +3234,7 @@ def parse_args(argv, config, epilog=""):
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
     given, rest = parser.parse_known_args(argv)
     if rest and rest[0].startswith(("--preflight", "--scaling")):
-        refuse("--preflight and --scaling are a notebook of their own now: python 05_preflight.py 02_train.py v6e")
+        refuse(f"--preflight and --scaling have a notebook of their own: python 05_preflight.py {parser.prog} v6e")
     if rest:
         refuse(f"unknown option {rest[0]!r}{suggest(rest[0].lstrip('-').split('=')[0], fields)}")
     return config.replace(**vars(given))

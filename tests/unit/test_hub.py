@@ -46,12 +46,17 @@ def closed_port():
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def parquet(seed, count=1, words=2000):
-    """The bytes of a shard of seeded documents; not compressed: words are 4 bytes each."""
+def parquet(seed, count=1, size=8000):
+    """The bytes of a shard of `count` seeded documents of so many characters, not compressed."""
     rng, file = random.Random(seed), io.BytesIO()
-    texts = [" ".join("".join(rng.choices("abcdefgh", k=3)) for _ in range(words)) for _ in range(count)]
+    texts = [rng.randbytes(size // 2).hex() for _ in range(count)]
     pq.write_table(pa.table({"text": texts}), file, compression="none", use_dictionary=False)
     return file.getvalue()
+
+
+def large(seed, size):
+    """A shard of more than `size` bytes: of one long text, and not compressed."""
+    return parquet([random.Random(seed).randbytes(size // 2 + 1).hex()], compression="none")
 
 
 def digest(data):
@@ -65,7 +70,7 @@ def url(repo_id, filename="shard_00000.parquet"):
 @pytest.fixture
 def hub():
     """A Hub with the first and the last shard of FineWeb-Edu, and two repos of a user, one of them with a tokenizer."""
-    files = {url(FINEWEB, f"shard_{i:05d}.parquet"): parquet(i) for i in (0, 1822)}
+    files = {url(FINEWEB, f"shard_{i:05d}.parquet"): parquet(documents(i)) for i in (0, 1822)}
     files |= {f"/me/mine/resolve/main/tokenizer/{name}": (EMBEDDED / "tokenizer" / name).read_bytes() for name in FILES}
     files["/me/other/resolve/main/README.md"] = b"no tokenizer here"
     with HubServer(files) as server:
@@ -78,11 +83,11 @@ def hub():
 class Case(NamedTuple):
     faults: list = []
     words: list = []  # of the message; none if the right bytes come
-    data: bytes | None = parquet(7)
+    data: bytes | None = parquet(documents(7))
 
 
 GOOD, PAGE = Case().data, b"<html>Please log in to the Wi-Fi.</html>"
-LARGE, CUT = parquet(8, words=6 * MB), 21 * MB
+LARGE, CUT = parquet(8, size=24 * MB), 21 * MB
 WRONG = Fault(body=GOOD[:100] + bytes(100) + GOOD[200:])
 ALL = dict(times=ALWAYS)
 
@@ -121,26 +126,19 @@ def background(tmp_path_factory):
         faults[path] = case.faults
         if case.data is not None:
             files[path] = case.data
-    code = f"repos = { ({name: case_repo(name) for name in CASES})!r}"
-    code += """
-def meet(case, repo):
+    repos = {name: case_repo(name) for name in CASES}
+    code = """
+def meet(case, call):
     started, answer = time.monotonic(), {}
-    def get():
-        path = nb.hub_shard(repo, "shard_00000.parquet")
-        answer["sha"] = sha(path)
-    answer["said"] = message(get)
+    answer["said"] = message(lambda: answer.update(sha=sha(call())))
     answers[case] = answer | {"seconds": time.monotonic() - started}
 
-threads = [threading.Thread(target=meet, args=item) for item in repos.items()]
-for act in (threading.Thread.start, threading.Thread.join):
-    for thread in threads:
-        act(thread)
-answers["wrong files"] = wrong_files()
-"""
-    alone = """
-started = time.monotonic()
-answers["said"] = message(first)
-answers["seconds"] = time.monotonic() - started
+def meet_all(calls):
+    threads = [threading.Thread(target=meet, args=call) for call in calls.items()]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    answers["wrong files"] = wrong_files()
 """
     every = f"meet_all({{n: lambda r=r: nb.hub_shard(r, 'shard_00000.parquet') for n, r in {repos!r}.items()}})"
     with HubServer(files, faults) as hub:
@@ -215,7 +213,7 @@ for damage in (lambda data: b"\\0" * 99 + data[99:], lambda data: data[:-99], la
 
 
 def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_path):
-    data = hub.files[url(FINEWEB)] = parquet(2, words=13 * MB // 4)
+    data = hub.files[url(FINEWEB)] = parquet(2, size=13 * MB)
     hub.faults[url(FINEWEB)] = [Fault(cut=12 * MB, wait=threading.Event())]
     process = started_code(FIRST + "first()", hub.environment(tmp_path))
     blobs = tmp_path / "hf" / "hub" / f"datasets--{FINEWEB.replace('/', '--')}" / "blobs"
@@ -229,7 +227,7 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_pat
 
 def test_a_full_disk(hub, tmp_path):
     """One line; and when there is room, the same call goes well. A limit on the size of files stands for the disk."""
-    data = hub.files[url(FINEWEB)] = parquet(3, words=3 * MB // 4)
+    data = hub.files[url(FINEWEB)] = parquet(3, size=3 * MB)
     code = """
 import errno, resource, signal
 from huggingface_hub import file_download
@@ -272,8 +270,8 @@ for name, token in {"line": "hf_secret\\n", "lines": "hf_\\nsecret"}.items():
 def test_any_dataset_of_the_hub(hub, tmp_path):
     """By its name, or a folder of it; the last shard validates; a listing is asked for again when it fails."""
     names = ["b/1.parquet", "b/0.parquet", "b/2.parquet", "a.parquet", "README.md", "b/deep/3.parquet", "c/x.csv"]
-    hub.files |= {url("me/corpus", name): parquet(name) for name in names}
-    hub.files |= {url("me/none", "README.md"): b"", url("me/one", "a.parquet"): parquet(0)}
+    hub.files |= {url("me/corpus", name): parquet(documents(name)) for name in names}
+    hub.files |= {url("me/none", "README.md"): b"", url("me/one", "a.parquet"): parquet(["a"])}
     hub.repos |= {"/datasets/me/corpus", "/datasets/me/none", "/datasets/me/one"}
     hub.page_size = 2
     code = """
@@ -323,7 +321,7 @@ nb.save_tokenizer(nb.train_tokenizer(["some other text " * 9], 270), Path.home()
 
 def test_a_run_begins_before_the_validation_shard_is_there(hub, tmp_path):
     """And ends with what it measures on a folder of the same shards. One that never comes is the end."""
-    shards = {"shard_00000.parquet": parquet(21, 4), "shard_01822.parquet": parquet(22, 4)}
+    shards = {"shard_00000.parquet": parquet(documents(21, 4)), "shard_01822.parquet": parquet(documents(22, 4))}
     (tmp_path / "shards").mkdir()
     for name, data in shards.items():
         hub.files[url(FINEWEB, name)] = data

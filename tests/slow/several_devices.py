@@ -36,7 +36,7 @@ def config_of(nb, mesh, passes=1, **changes):
 
 def put_batch(nb, config, seed):
     """A step's batch on the devices of the mesh."""
-    return nb.put_rows(config, jax.device_get(batch(config, seed)))
+    return nb.put(config, jax.device_get(batch(config, seed)), None, nb.ROWS)
 
 
 def run(nb, config, steps=STEPS):

@@ -46,9 +46,10 @@ def inputs(K=2, H=128, B=2, dtype=jnp.float32, norm=1.0, seq_len=T):
 
 
 def out_and_gradients(nb, impl, window, *arrays, block_size=128):
+    call = functools.partial(nb.attention, window=window, impl=impl, block_size=block_size)
+
     @jax.jit
     def run(q, k, v, cotangent):
-        call = functools.partial(nb.attention, window=window, impl=impl, block_size=block_size)
         out, vjp = jax.vjp(call, q, k, v)
         return out, *vjp(cotangent)
 

@@ -39,9 +39,7 @@ def uncached(nb, config, params, ids, count):
 
 def sampled(nb, config, params, prompts, *, temperature=0.0, top_k=300, top_p=1.0, seed=0, stop=-1):
     """sample_tokens on rows of token ids to the end of the context, as a numpy array."""
-    tokens = np.zeros((len(prompts), config.seq_len), np.int32)
-    for row, ids in zip(tokens, prompts, strict=True):
-        row[: len(ids)] = ids
+    tokens = np.array([[*ids, *[0] * (config.seq_len - len(ids))] for ids in prompts], np.int32)
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     ends = np.full(len(prompts), config.seq_len, np.int32)
     out = nb.sample_tokens(

@@ -60,21 +60,12 @@ def test_a_step_keeps_every_dtype_and_shape(nb, dtype, accumulate):
 
 def equations(jaxpr):
     """All equations of a jaxpr and of those inside it, but not those of a Pallas kernel, which has its own rules."""
-
-    def inside(value):
-        if isinstance(value, core.ClosedJaxpr):
-            yield from equations(value.jaxpr)
-        elif isinstance(value, core.Jaxpr):
-            yield from equations(value)
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                yield from inside(part)
-
     for equation in jaxpr.eqns:
         yield equation
-        if equation.primitive.name != "pallas_call":
-            for value in equation.params.values():
-                yield from inside(value)
+        for value in jax.tree.leaves(equation.params) if equation.primitive.name != "pallas_call" else ():
+            value = getattr(value, "jaxpr", value)
+            if isinstance(value, core.Jaxpr):
+                yield from equations(value)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -117,17 +108,14 @@ def test_no_float64_even_where_it_is_allowed(nb):
 
 
 def test_one_program_for_the_whole_run(nb):
-    """The first step compiles; no later one does, nor the first one on a checkpoint's arrays, which come from the
-    host."""
+    """The first step compiles; no later one does, nor the first on a checkpoint's arrays, which come from the host."""
     config = small_config(nb, seq_len=48)  # a shape that no other test has
-    state, before = nb.init_train_state(config), nb.train_step._cache_size()
-    batches = [batch(config, seed) for seed in range(5)]
-    state, _ = nb.train_step(config, state, *batches[0])
+    before = nb.train_step._cache_size()
+    state, _ = take_steps(nb, config, 1)
     first = len(compilations)
-    for tokens, targets in batches[1:]:
-        state, _ = nb.train_step(config, state, tokens, targets)
+    state, _ = take_steps(nb, config, 4, state)
     assert len(compilations) == first
-    nb.train_step(config, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state), *batches[0])
+    take_steps(nb, config, 1, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state))
     assert nb.train_step._cache_size() == before + 1
 
 

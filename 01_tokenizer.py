@@ -732,12 +732,14 @@ def ask_hub(what, call):
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             disk = getattr(cause, "errno", 0) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
             refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
-            if pause and not refused and not disk:
+            tried = cause is not error  # by its client, several times, before it raised this
+            if pause and not (refused or disk or tried):
                 time.sleep(pause)
                 continue
             missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
             hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
             hint = "check the name, and that HF_TOKEN may read (for an upload: write) it" if refused else hint
+            hint = "wait, or set HF_TOKEN: accounts have higher limits" if status == 429 else hint
             words = f"the Hugging Face Hub: cannot {what}: {first_line(cause)}; {hint}"
             raise (MissingFileError if missing else InputError)(words) from error
 

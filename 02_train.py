@@ -776,7 +776,7 @@ def attention(q, k, v, *, window, impl="einsum", block_size=1024):
 
     q: [B, N, T, H]; k, v: [B, K, T, H], where query head n reads key/value head n // (N/K). Returns [B, N, T, H].
     A query at t sees keys t − window … t; window ≥ T is full causal attention. `block_size` tiles the TPU kernels,
-    which run elsewhere under `pltpu.force_tpu_interpret_mode()`. `fused` is not among them: it includes QK-norm and
+    which run elsewhere under `pltpu.force_tpu_interpret_mode(True)`. `fused` is not among them: it includes QK-norm and
     RoPE (see `attend`). Raises InputError for shapes that `impl` cannot take.
     """
     N, T, K = q.shape[1], q.shape[2], k.shape[1]
@@ -1884,8 +1884,8 @@ fused_attention.defvjp(fused_forward, fused_backward)
 #
 # The tokenizer is byte-level BPE; `01_tokenizer.py` trains and explains it. A dataset is a list of parquet shards with
 # one `text` column: FineWeb-Edu from the Hub, any dataset of the Hub, a folder, or the embedded corpus, 12 MB of
-# public-domain English. **The last shard is validation**, whatever `num_shards` is. A shard counts only when its
-# SHA-256 is the Hub's.
+# public-domain English. **The last shard is validation**, whatever `num_shards` is. A shard of the Hub
+# counts only when its SHA-256 is the one that names it in the cache.
 
 # %% Tokenizer format cellView="form" tags=["shared"]
 # @title Tokenizer format
@@ -2051,12 +2051,14 @@ def ask_hub(what, call):
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             disk = getattr(cause, "errno", 0) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
             refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
-            if pause and not refused and not disk:
+            tried = cause is not error  # by its client, several times, before it raised this
+            if pause and not (refused or disk or tried):
                 time.sleep(pause)
                 continue
             missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
             hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
             hint = "check the name, and that HF_TOKEN may read (for an upload: write) it" if refused else hint
+            hint = "wait, or set HF_TOKEN: accounts have higher limits" if status == 429 else hint
             words = f"the Hugging Face Hub: cannot {what}: {first_line(cause)}; {hint}"
             raise (MissingFileError if missing else InputError)(words) from error
 

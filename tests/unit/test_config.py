@@ -262,8 +262,8 @@ MISTAKES = [
     ("--softcap nan", "softcap=nan", "finite"),
     ("--weight_decay -1", "weight_decay=-1.0", "negative"),
     ("--n_head --seed 3", "n_head", "expected one argument"),
-    ("--preflight v6e", "python 05_preflight.py 02_train.py"),
-    ("--scaling", "python 05_preflight.py 02_train.py"),
+    ("--preflight v6e", "05_preflight.py"),
+    ("--scaling", "05_preflight.py"),
 ]
 
 

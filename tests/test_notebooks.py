@@ -470,14 +470,6 @@ def test_each_notebook_loads_without_side_effects(name, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [f"9{name}"]
 
 
-def test_ci_runs_the_command_of_the_readme():
-    command = "pip install -r tests/requirements.txt && pytest -n 2 --dist loadfile --no-loadscope-reorder"
-    first, second = (ROOT / ".ci/run").read_text().splitlines()[-2:]
-    assert first == f"{command} || exit"
-    assert second == "pytest -m colab -rs tests/slow/test_colab.py"
-    assert command in (ROOT / "README.md").read_text().splitlines()
-
-
 def test_install_pins_what_is_there(monkeypatch):
     """By canonical names, the first version in the path; what pip would not read is left out."""
     nb = load(ROOT / "02_train.py")

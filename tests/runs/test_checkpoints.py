@@ -147,13 +147,6 @@ def test_what_a_killed_process_left_is_no_checkpoint(nb, saved):
     assert bits(nb.load_checkpoint(new, config)[0].params) == bits(state.params)
 
 
-def test_a_run_folder_that_is_a_file(nb, tmp_path):
-    config = small_config(nb)
-    (tmp_path / "run").write_text("not a folder")
-    with pytest.raises(nb.InputError, match="cannot write .*run.checkpoints.step_00000000"):
-        nb.save_checkpoint(tmp_path / "run", config, nb.init_train_state(config))
-
-
 def test_the_newest_and_the_best_are_kept(nb, tmp_path):
     """In the order of their steps, not of the digits' first letters; the same step again replaces itself. The one with
     the lowest validation loss stays, however old."""

@@ -157,11 +157,8 @@ def to_py(ipynb):
 # Build
 
 
-def test_round_trip_is_lossless():
+def test_round_trip_is_lossless_also_after_what_colab_adds():
     assert to_py(build("01_first.py", FIRST)) == FIRST
-
-
-def test_round_trip_survives_what_colab_adds():
     nb = json.loads(build("01_first.py", FIRST))
     nb["nbformat_minor"] = 0
     nb["metadata"] |= {"language_info": {"name": "python"}, "widgets": {}}
@@ -445,9 +442,7 @@ def test_one_byte_in_any_copy_of_a_shared_cell_is_mended():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_each_notebook(name):
     text = (ROOT / name).read_text()
-    ipynb = (ROOT / name).with_suffix(".ipynb").read_text()
-    assert to_py(ipynb) == text
-    nb = nbformat.reads(ipynb, as_version=nbformat.NO_CONVERT)
+    nb = nbformat.read((ROOT / name).with_suffix(".ipynb"), as_version=nbformat.NO_CONVERT)
     nbformat.validate(nb)
     if "05_preflight" in name:  # on a free CPU runtime, before a TPU is rented
         assert "accelerator" not in nb.metadata and "gpuType" not in nb.metadata.colab
@@ -455,8 +450,7 @@ def test_each_notebook(name):
         assert nb.metadata.accelerator == "TPU"
         assert (nb.metadata.colab.gpuType, nb.metadata.colab.machine_shape) == ("V6E1", "hm")
     assert nb.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
-    ids = [cell.id for cell in nb.cells]
-    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", i) for i in ids)
+    assert len({cell.id for cell in nb.cells}) == len(nb.cells)
     assert {file for _, file in notebooks.colab_links(text)} <= {Path(name).with_suffix(".ipynb").name}
     compile(text, name, "exec")  # the .py is a script, too: no magics
 

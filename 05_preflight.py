@@ -244,17 +244,6 @@ def component(x):
     return COMPONENTS[scope[1]] if scope else "other", direction
 
 
-# %% Try it: a program tags=["run"]
-if IN_NOTEBOOK:
-    toy = """
-ENTRY %main (x: bf16[512,256], w: bf16[256,128]) -> bf16[512,128] {
-  %x = bf16[512,256]{1,0} parameter(0)
-  %w = bf16[256,128]{1,0} parameter(1)
-  ROOT %y = bf16[512,128]{1,0} fusion(%x, %w), metadata={op_name="jvp(mlp)/dot"}, "estimated_cycles":"900"
-}"""
-    for x in execution_order(toy):
-        print(f"{x.name}: {component(x)}, {x.bytes:,} bytes, {x.cycles / CHIPS['v6e'].clock * 1e6:.2f} µs on a v6e")
-
 # %% [markdown]
 # ## Kernels
 #
@@ -372,10 +361,18 @@ def link_seconds(sent, chip, chips):
     return share * sent.size / (links * CHIPS[chip].link) + rounds * (sent.chips // 2) * HOP
 
 
-# %% Try it: gather the MLP weights of a layer tags=["run"]
+# %% Try it: a matmul and a gather tags=["run"]
 if IN_NOTEBOOK:
-    gather = Collective("all-gather", size=2 * 1024 * 4096, chips=8)
-    print(f"8.4 MB over the 8 chips of v6e:2x4: {link_seconds(gather, 'v6e', 8) * 1e6:.0f} µs")
+    toy = """
+ENTRY %main (x: bf16[512,256], w: bf16[32,128]) -> bf16[512,128] {
+  %x = bf16[512,256]{1,0} parameter(0)
+  %w = bf16[32,128]{1,0} parameter(1)
+  %all = bf16[256,128]{1,0} all-gather(%w), replica_groups=[1,8]<=[8]
+  ROOT %y = bf16[512,128]{1,0} fusion(%x, %all), metadata={op_name="jvp(mlp)/dot"}, "estimated_cycles":"900"
+}"""
+    gather, matmul = execution_order(toy)
+    print(f"{matmul.name}: {component(matmul)}, {matmul.cycles / CHIPS['v6e'].clock * 1e6:.2f} µs on a v6e")
+    print(f"{gather.name}: {gather.collective}, {link_seconds(gather.collective, 'v6e', 8) * 1e6:.2f} µs on v6e:2x4")
 
 # %% [markdown]
 # What arithmetic hides costs nothing. So play the program in order. A collective begins when its input is there and the
@@ -486,7 +483,7 @@ def preflight(config, topology="v6e"):
     """Compiles the train step for a chip ('v6e') or a slice ('v6e:2x4') and prints whether it fits, its time and price.
 
     Returns {'fits': True, 'peak': bytes a chip, 'seconds', 'tokens_per_second', 'mfu', 'parts', 'exposed', 'uncounted',
-    'picture': path} or {'fits': False, 'reason', 'device_batch_size': the largest that fits, or None}. Raises
+    'picture': path} or {'fits': False, 'reason', 'device_batch_size': one that fits, or None}. Raises
     InputError if this machine cannot compile for a TPU, or if config.mesh does not suit the topology.
     """
     config, started = on_topology(config, topology), time.perf_counter()
@@ -499,7 +496,7 @@ def preflight(config, topology="v6e"):
     except CompileError as error:
         reason, needed = explain(error)
         print(f"does not compile: {reason}")
-        batch = largest_batch(config, topology, needed) if "HBM" in reason else None
+        batch = smaller_batch(config, topology, needed) if "HBM" in reason else None
         return {"fits": False, "reason": reason, "device_batch_size": batch}
     print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
     describe_memory(config, topology, compiled)
@@ -515,10 +512,10 @@ def preflight(config, topology="v6e"):
     }  # fmt: skip
 
 
-def largest_batch(config, topology, needed):
-    """Returns the largest device_batch_size that fits with the same tokens a step, or None. Compiles to find out.
+def smaller_batch(config, topology, needed):
+    """Returns a smaller device_batch_size that fits, with the same tokens a step, or None. Compiles to find out.
 
-    needed: bytes of HBM that config would take, or None; the search begins at the batch that they suggest.
+    needed: bytes of HBM that config would take, or None. The search goes down from the batch that they suggest.
     """
     rows = config.tokens_per_step // config.seq_len // config.devices  # of a chip
     guess = config.device_batch_size * (CHIPS[topology.partition(":")[0]].hbm / needed if needed else 0.5)
@@ -844,7 +841,7 @@ def run_compiler(folder, arguments, flags=""):
             return done
         words = (done.stderr.strip().splitlines() or ["no word"])[-1][:100]
         print(f"the installed libtpu compiles nothing here (exit status {done.returncode}: {words})", flush=True)
-    environment["TPU_LIBRARY_PATH"] = str(own_libtpu())
+    environment["TPU_LIBRARY_PATH"] = os.environ["TPU_LIBRARY_PATH"] = str(own_libtpu())  # for later programs, too
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -25,14 +24,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from common import load  # noqa: E402
+from reference import reference_step  # noqa: E402
+from step import their_kernels  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.reference import reference_config, reference_step  # noqa: E402
-from tools.notebooks import load  # noqa: E402
-
-preflight = load(ROOT / "05_preflight.py")
+preflight = load("05_preflight.py")
 WIDE = dict(heads=4, kv_heads=1, head_dim=256, impl="splash", pattern="L")
 ROWS = {  # published ms, published peak GiB or None, arguments of reference_step
     "einsum, B=2": (65, 13.3, dict(B=2)),
@@ -56,7 +52,7 @@ def compiled(name, arguments, folder):
         return preflight.Compiled(*program), {(kernel, window): seconds for kernel, window, seconds in kernels}
     step, leaves, donated, _ = reference_step(**arguments)
     program = preflight.compile_for("v6e", step, leaves, donated)
-    kernels = preflight.attention_kernels(reference_config(**arguments), "v6e")
+    kernels = their_kernels("v6e", **arguments)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([program, [(*key, seconds) for key, seconds in kernels.items()]]))

@@ -233,6 +233,26 @@ def run_code(code, env=None):
 # ---- waiting
 
 
+def run_notebook(name, folder, **settings):
+    """(text, outputs) of an .ipynb in a real kernel; `settings` are of its Config, or of its forms."""
+    import nbclient
+    import nbformat
+
+    from tools import colab
+
+    notebook = nbformat.read(ROOT / name, 4)
+    colab.change(notebook, name, [f"{field}={value}" for field, value in settings.items()])
+    notebook = nbformat.from_dict(notebook)
+    (folder / name).write_text(nbformat.writes(notebook))
+    where = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs), outputs
+
+
+# ---- waiting
+
+
 def within(call, seconds=20):
     """call() or the exception that it raises; a failure if it takes longer."""
     box = queue.Queue()

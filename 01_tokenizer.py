@@ -324,6 +324,10 @@ def save_tokenizer(tokenizer, folder):
     os.replace(folder / "tokenizer.json.part", folder / "tokenizer.json")
 
 
+# What a pattern does not match would be lost without a word.
+PROBE = "It's  2026 —\r\n\n\tdef f(x): \n  return x! 東京🙂 " + "".join(map(chr, range(0x3000)))
+
+
 def load_tokenizer(folder):
     """Returns the tokenizer that save_tokenizer wrote. Raises InputError if a file is missing or damaged."""
     folder = Path(folder)
@@ -336,8 +340,13 @@ def load_tokenizer(folder):
         special = meta["special_tokens"]
         if "<|bos|>" not in special or len(set(special)) < len(special):
             raise ValueError("the special tokens must differ, with <|bos|> among them")
-        return make_tokenizer(ranks, meta["pattern"], meta["special_tokens"])
-    except Exception as error:
+        tokenizer = make_tokenizer(ranks, meta["pattern"], special)
+        if tokenizer.decode(tokenizer.encode_ordinary(PROBE)) != PROBE:
+            raise ValueError("its pattern leaves characters out")
+        return tokenizer
+    except BaseException as error:  # tiktoken panics, which is no Exception, if a pattern matches the empty string
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise InputError(f"tokenizer in {folder}: {error}; delete the folder to train it anew") from error
 
 

@@ -113,6 +113,7 @@ DAMAGED = {  # what: (file, how)
     "binary": (RANKS, lambda text: b"\x80\x04\xff"),
     "no bos": (META, lambda text: text.replace("<|bos|>", "<|start|>")),
     "no pattern": (META, lambda text: text.replace('"pattern"', '"patern"')),
+    "a pattern with holes": (META, lambda text: text.replace("{N}{1,2}", "{N}{9,9}", 1)),
     "broken JSON": (META, lambda text: text[:-4]),
     "no JSON file": (META, lambda text: None),
 }

@@ -96,7 +96,7 @@ def changes(draw, nb):
 def use_config(nb, values, base):
     """All that is done with a Config before a device is asked: its sizes, its command line, the trace of its step."""
     config = base.replace(**values)
-    if config.depth > 100:  # each layer is traced: a billion of them would take as long as they do
+    if config.depth > 100 or config.seq_len > 100_000:  # what is counted layer by layer, token by token, takes its time
         return
     counts = nb.count_params(config)
     assert counts["total"] == sum(count for part, count in counts.items() if part != "total")

@@ -17,7 +17,6 @@ DOCS += sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*")
 BEFORE = {"--preset", "--help"}  # options that a notebook takes from the command line before parse_args sees the rest
 WORKER = {"--sweep_id", "--project", "--entity", "--runs", "--trials"}  # 03_worker's own
 NUMBER = {f"--{name}" for name in ("runs", "trials")}
-CHIPS = re.compile(r"all|v\d[ep](:\d+x\d+)?")  # what 05_preflight asks about
 COMMAND = re.compile(r"(?:\bpython|host\.sh start) +(?:-u +)?(0\w+\.(?:py|ipynb))([^\n`'#|;&)]*)")
 
 
@@ -34,10 +33,11 @@ def commands(text):
 
 def check_command(notebook, options):
     """Raises ValueError or FileNotFoundError if the notebook would refuse the options."""
-    if notebook.startswith("05") and (ROOT / notebook).exists():  # another notebook, chips, and options of the former
-        notebook, chips, *options = options
-        if not CHIPS.fullmatch(chips):
-            raise ValueError(f"{chips!r} are no chips")
+    if notebook.startswith("05"):  # another notebook, chips, and options of the former
+        notebook, _, own, options = load(ROOT / notebook).parse_command(options)
+        if own.help:
+            return
+        options += [f"--preset={own.preset}"] if own.preset else []
     module = load(ROOT / notebook)
     own = BEFORE | (WORKER if notebook.startswith("03") else set())
     rest, words = [], [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]

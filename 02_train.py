@@ -25,7 +25,7 @@
 #
 # This notebook trains a small language model from scratch, in raw JAX. Press *Run all*: you get a loss curve, samples,
 # a checkpoint, and a profile that TensorBoard can open. On a Colab TPU v6e it trains the reference model, 268M
-# parameters, on 2.7B tokens of FineWeb-Edu: 2.7 hours at the compiler's estimate of 29.8 ms a step. On a free CPU
+# parameters, on 2.7B tokens of FineWeb-Edu: 3.3 hours at the compiler's estimate of 36.5 ms a step. On a free CPU
 # runtime it trains a demo of 3.7M parameters in a few minutes.
 #
 # - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →

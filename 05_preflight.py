@@ -379,7 +379,7 @@ ENTRY %main (x: bf16[512,256], w: bf16[32,128]) -> bf16[512,128] {
 # links are free. The chip waits where it needs the result, unless the arithmetic in between took longer.
 
 
-# %% Waits
+# %% Exposed communication
 class Wait(NamedTuple):
     """A collective, the seconds that it takes, and those in which the chip does nothing else."""
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import ROOT, run_notebook, script
+from tests.helpers import ALIGNED, ROOT, run_notebook, script
 from tools.notebooks import load
 
 LINUX = platform.system() == "Linux" and platform.machine() == "x86_64"
@@ -100,7 +100,7 @@ def test_scaling(tmp_path):
 @pytest.mark.parametrize("notebook", sorted(path.name for path in ROOT.glob("0[46]*.py")))
 def test_other_notebooks(tmp_path, notebook):
     """Their step compiles, and its kernels are counted."""
-    done = ask(tmp_path, notebook, "v6e", vocab_size=512, device_batch_size=1, total_batch_size=-1)
+    done = ask(tmp_path, notebook, "v6e", **(ALIGNED if notebook.startswith("04") else SMALL))
     assert (done.returncode, done.stderr) == (0, "") and "NOT counted" not in done.stdout
     assert "attention kernel" in table(done.stdout)
 

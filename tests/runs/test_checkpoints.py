@@ -170,7 +170,7 @@ def test_a_save_does_not_wait_for_the_disk(nb, tmp_path, monkeypatch):
     metrics go on. The next save waits, and both end up whole."""
     config, gate = small_config(nb), threading.Event()
     write = nb.write_checkpoint
-    monkeypatch.setattr(nb, "write_checkpoint", lambda *args: gate.wait(10) and write(*args))
+    monkeypatch.setattr(nb, "write_checkpoint", lambda *args: gate.wait(120) and write(*args))
     state = nb.init_train_state(config)
     before = np.array(state.params["embed"])
     saver = nb.Checkpointer(config, tmp_path)

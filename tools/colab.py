@@ -198,6 +198,8 @@ def run(kind, name, settings=(), out=None):
             raise Wrong(2, f"--out {out}: {content} is already there; remove it, or name another folder")
         content.mkdir(parents=True)
         (content / name).write_text(json.dumps(notebook))
+        if name.startswith("05"):  # in Colab it fetches its subject from GitHub
+            shutil.copyfile(ROOT / "02_train.py", content / "02_train.py")
         copy, environment = prepare(Path(folder), venv)
         options = dict(cwd=content, env=environment, capture_output=True, text=True)
         python, before, start = copy / "bin" / "python", packages_of(copy), time.monotonic()

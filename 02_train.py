@@ -3332,7 +3332,7 @@ with one_line_errors():
 # *Trace Viewer* (zoom with W and S, move with A and D). In a **good** trace the rows of the device are full, one step
 # joins the next, and the host's `train` steps run ahead of the device. In a **bad** one the device is idle while the
 # host is in `wait for data` or in Python, or small copies stand between the matmuls. `python 05_preflight.py
-# 02_train.py --trace runs/train` prints the time of each part as a table, beside the compiler's estimate.
+# 02_train.py v6e --trace runs/train` prints the time of each part as a table, beside the compiler's estimate.
 
 # %% TensorBoard's server cellView="form" tags=["shared"]
 # @title TensorBoard's server

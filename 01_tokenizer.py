@@ -83,6 +83,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fcntl
 import functools
 import hashlib
 import html

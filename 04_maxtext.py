@@ -98,6 +98,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fcntl
 import functools
 import hashlib
 import html
@@ -1560,7 +1561,7 @@ class PrefetchDataLoader:
     def close(self):
         """Stops the threads. Batches that were ready are dropped; the position stays."""
         self.stopping.set()
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=1)  # a download may stand still: the thread dies with the process
 
     def __enter__(self):
         return self
@@ -1605,8 +1606,8 @@ def evaluate(config, params, batches):
     weights, sums = evaluation_weights(config, params), []
     for tokens, targets, _ in batches:
         sums.append(evaluation_step(config, weights, *put(config, (tokens, targets), ROWS))[0])
-        if config.devices > 1:  # on several CPUs 39 evaluations in flight hung, waiting for each other's sums
-            jax.block_until_ready(sums[-1])
+        # Two in flight keep the device busy, and a stop request waits for no more. On several CPUs 39 hung.
+        jax.block_until_ready(sums[-2:][0])
     nats = sum(x.astype(np.float64) for x in jax.device_get(sums))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
     n_bytes = sum(int(lengths.sum()) for *_, lengths in batches)
@@ -1727,35 +1728,31 @@ def due(step, interval):
     return interval > 0 and step % interval == 0
 
 
+def work_after(config, done):
+    """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
+    intervals = {"evaluate": config.eval_interval, "sample": config.sample_interval, "save": config.save_interval}
+    return [name for name, interval in intervals.items() if due(done, interval) or done == config.total_steps]
+
+
 def train(config, report=None):
     """Trains from the start, or from the newest checkpoint of an unfinished run. Returns the final metrics, a dict.
 
-    `report(step, values)` gets each line of metrics.jsonl; what it raises ends the training. SIGTERM and
-    KeyboardInterrupt end it after the running step, with a checkpoint; `stopped` in the result names the signal.
+    `report(step, values)` gets each line of metrics.jsonl; what it raises ends the training. SIGTERM, SIGHUP and SIGINT
+    end it after the running step; `stopped` in the result names the signal. Whatever is raised, the state is saved
+    before it leaves this function.
     """
     with Training(config, report) as run:
-        config, state, run.state = run.config, run.state, None  # donated: nothing else may hold it
-        total = config.total_steps
-        for step in range(run.first_step, total):
-            run.trace(step, state)
+        run.work()  # what the run that is resumed has left undone after its last step
+        for step in range(run.first_step, run.config.total_steps):
+            run.trace(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                tokens, targets = run.next_batch()
-                state, metrics = train_step(config, state, tokens, targets)
-                if due(step, config.log_interval):
-                    metrics |= state_norms(state)
-            run.log_step(step, metrics, state)
-
-            done, last = step + 1, step + 1 == total
-            stop = run.asked_to_stop(done)
-            if last or due(done, config.eval_interval):
-                run.evaluate(state, last)
-            if last or due(done, config.sample_interval):
-                run.sample(state)
-            if last or stop or due(done, config.save_interval):
-                run.save(state, last)
-            if stop and not last:
-                break
-        return run.finish(state)
+                tokens, targets = run.next_batch(step)
+                run.state, metrics = train_step(run.config, run.state, tokens, targets)
+            run.todo = work_after(run.config, step + 1)
+            run.log_step(step, metrics)
+            run.work()
+        run.finish()
+    return run.summary
 
 
 # %% Fused attention: arithmetic cellView="form" tags=["shared"]
@@ -2359,16 +2356,18 @@ def list_checkpoints(run_dir):
 
 def drop_old_checkpoints(run_dir, keep):
     """Leaves the newest `keep` checkpoints and the one with the lowest val_loss."""
-    losses = {}
-    for path in list_checkpoints(run_dir):
+    paths, losses = list_checkpoints(run_dir), {}
+    newest = paths[-1].name
+    for path in paths:
         with contextlib.suppress(OSError, ValueError):
             losses[path] = json.loads((path / "meta.json").read_text(encoding="utf-8")).get("val_loss")
     best = min((path for path in losses if losses[path]), key=losses.get, default=None)
-    for path in list_checkpoints(run_dir)[:-keep]:
+    for path in paths[:-keep]:
         if path != best:
             path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
     for rest in Path(run_dir).glob("checkpoints/.*.tmp"):  # also of a process that was killed
-        shutil.rmtree(rest, ignore_errors=True)
+        if rest.name < f".{newest}":  # a newer one is being written by another thread
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def read_meta(path):
@@ -2439,15 +2438,15 @@ class Checkpointer:
     """
 
     def __init__(self, config, run, say=print):
-        self.config, self.run, self.say, self.newest = config, run, say, None
+        self.config, self.run, self.say, self.step, self.newest = config, run, say, None, None
         self.writing = self.copying = in_background(lambda: None)
 
     def save(self, state, **meta):
-        """Waits for the checkpoint before and for the copy of the state to the host, not for the disk."""
-        self.writing.result()
+        """Waits for the copy of the state to the host, not for the disk. What is being written goes on beside it."""
         arrays, logs = host_copy(self.run, state)
         if is_first():
             self.writing = in_background(lambda: self.write(arrays, logs, meta))
+        self.step = int(arrays["step"])
 
     def write(self, arrays, logs, meta):
         if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
@@ -2464,8 +2463,8 @@ class Checkpointer:
                 where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
                 ask_hub("store the checkpoint", lambda: hub_api().upload_folder(**where))
             else:
-                copy_checkpoint(path, Path(config.backup) / run)
-                drop_old_checkpoints(Path(config.backup) / run, config.keep_checkpoints)
+                copy_checkpoint(path, Path(config.backup).expanduser() / run)
+                drop_old_checkpoints(Path(config.backup).expanduser() / run, config.keep_checkpoints)
         except Exception as error:  # of a file system, an HTTP library or the Hub: it never stops training
             self.say(f"backup of {path.name} to {config.backup} failed: {first_line(error)}; training goes on")
 
@@ -2500,7 +2499,7 @@ def open_backup(config):
 def restore_backup(config, run):
     """Copies the newest undamaged checkpoint of this run from config.backup, if any, to the empty folder `run`."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(config.backup) / run.name
+        source = Path(config.backup).expanduser() / run.name
         if config.backup == "hub":
             source, names = Path(folder), f"checkpoints/{run.name}/*"
             options = {"repo_id": config.hf_repo_id, "allow_patterns": names, "local_dir": folder}
@@ -2512,7 +2511,7 @@ def restore_backup(config, run):
         if newest := newest_checkpoint(source):
             print(f"going on from the backup of {newest[0].name} in {config.backup}", flush=True)
             copy_checkpoint(newest[0], run)
-            (run / "config.json").write_text(json.dumps(newest[1]["config"], indent=2), encoding="utf-8")
+            write_config(run, newest[1]["config"])
 
 
 # %% Run folder cellView="form" tags=["shared"]
@@ -2530,49 +2529,109 @@ def keep_step_size(config, meta):
 def make_folder(folder, name):
     """Returns the Path of `folder`, made if it is absent. Raises InputError, with field `name`, if it is read-only."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return Path(folder)
-    except OSError as error:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder that ~ could stand for
         raise InputError(f"{name}={str(folder)!r}: cannot write there ({error}); name another folder") from error
 
 
-def open_run(config):
-    """Returns (run folder, checkpoint to resume from or None): config.run_dir, or the first free run_dir-2, -3, ….
+def write_config(run, fields):
+    """Writes config.json, which marks a run folder."""
+    try:
+        (run / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"run_dir={str(run)!r}: cannot write there ({error}); make room, or name another") from error
 
-    An unfinished run of the same Config is resumed, an empty folder from its backup if there is one. Raises InputError
-    if the Config differs, naming the fields, or if the folder cannot be written or holds something else.
+
+def lock_folder(run):
+    """Returns an ExitStack that holds the kernel's lock (flock) of a folder, or None if another process holds it. The
+    lock goes with its process, however that ends."""
+    lock, folder = contextlib.ExitStack(), os.open(run, os.O_RDONLY)
+    lock.callback(os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock.close()
+    except OSError as error:  # some network storage has no locks
+        print(f"run     {run} cannot be locked ({error}): start no second training in it", flush=True)
+    return lock
+
+
+def data_of(shards, validation, tokenizer):
+    """Returns the data that a checkpoint depends on, for its meta.json: the names of the shards, of local ones with
+    their sizes, and a hash of the tokenizer."""
+
+    def name(fetch):
+        shard = fetch.args[-1]  # of functools.partial(…, name or path)
+        return f"{shard.name}, {shard.stat().st_size} bytes" if isinstance(shard, Path) else shard
+
+    facts = tokenizer._mergeable_ranks, tokenizer._pat_str, tokenizer._special_tokens
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return {"training shards": [*map(name, shards)], "validation shard": name(validation), "tokenizer": digest}
+
+
+def changed_data(saved, data):
+    """Returns 'validation shard a → b, …': in what the data of a run, as data_of gives them, differ from a checkpoint's."""
+    words = []
+    for name, new in data.items():
+        old = saved.get(name, new)
+        if old != new and isinstance(new, list):
+            only = {"gone": [x for x in old if x not in new], "new": [x for x in new if x not in old]}
+            listed = "".join(f"; {word}: {', '.join(some[:3])}" for word, some in only.items() if some)
+            words.append(f"{len(old)} {name} → {len(new)}{listed}")
+        elif old != new:
+            words.append(f"{name} {old} → {new}")
+    return ", ".join(words)
+
+
+def open_run(config, data=None):
+    """Returns (run folder, checkpoint to resume from or None, lock): config.run_dir, or the first free run_dir-2, -3, ….
+
+    An unfinished run of the same Config and `data` (data_of) is resumed, an empty folder from its backup if there is
+    one. Raises InputError if they differ, naming what does, if another process trains in the folder, or if it cannot be
+    written or holds something else.
     """
     for number in itertools.count(1):
         run = make_folder(config.run_dir if number == 1 else f"{config.run_dir}-{number}", "run_dir")
-        if config.resume == "auto" and config.backup and not any(run.iterdir()):
-            restore_backup(config, run)
-        if not any(run.iterdir()):
-            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2), encoding="utf-8")
-            return run, None
-        rule = f"{run} is not empty and holds no run; name a new folder"
-        require((run / "config.json").exists(), "run_dir", config.run_dir, rule)
-        newest = newest_checkpoint(run)
-        if config.resume == "never" or not newest or newest[1].get("finished"):
+        mine = not any(run.iterdir()) or (run / "config.json").exists()
+        require(mine, "run_dir", config.run_dir, f"{run} is not empty and holds no run; name a new folder")
+        if (lock := lock_folder(run)) is None:
+            rule = f"another process is training in {run}; wait, stop it, or name another folder"
+            require(config.resume == "never", "run_dir", config.run_dir, rule)
             continue
-        path, meta = newest
-        changed = differences(meta["config"], config, lambda field: not field.metadata["resume"])
-        rule = f"{run} holds an unfinished run of another Config ({changed}); set these back, or resume='never'"
-        require(not changed, "run_dir", config.run_dir, rule)
-        keep_step_size(config, meta)  # it can be kept, or is refused now
-        return run, path
+        with contextlib.ExitStack() as unused:
+            unused.push(lock)
+            if config.resume == "auto" and config.backup and not any(run.iterdir()):
+                restore_backup(config, run)
+            newest = newest_checkpoint(run)
+            if not newest and not (run / LOGS[0]).exists():  # new, or of a run that failed before its first step
+                write_config(run, dataclasses.asdict(config))
+                return run, None, unused.pop_all()
+            if config.resume == "never" or not newest or newest[1].get("finished"):
+                continue
+            path, meta = newest
+            changed = differences(meta["config"], config, lambda field: not field.metadata["resume"])
+            rule = f"{run} holds an unfinished run of another Config ({changed}); set these back, or resume='never'"
+            require(not changed, "run_dir", config.run_dir, rule)
+            changed = changed_data(meta.get("data", {}), data or {})
+            rule = f"{run} holds an unfinished run on other data ({changed}); give it the old data, or resume='never'"
+            require(not changed, "run_dir", config.run_dir, rule)
+            keep_step_size(config, meta)  # it can be kept, or is refused now
+            return run, path, unused.pop_all()
 
 
-def open_run_together(config):
+def open_run_together(config, data):
     """open_run by the first process, for all. Raises InputError if another one does not see the folder."""
-    run, checkpoint = open_run(config) if is_first() else ("", None)
+    run, checkpoint, lock = open_run(config, data) if is_first() else ("", None, contextlib.ExitStack())
     if jax.process_count() > 1:
         text = json.dumps([str(run), checkpoint and str(checkpoint)]).encode().ljust(4096)
         text = multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))
         run, checkpoint = (path and Path(path) for path in json.loads(bytes(text)))
         there = all_gather(np.array([(run / "config.json").exists()]))
         require(there.all(), "run_dir", config.run_dir, "must be a folder on storage that all hosts share")
-    return run, checkpoint
+    return run, checkpoint, lock
 
 
 def read_metrics(run):
@@ -2630,7 +2689,7 @@ def tensorboard_sink(config, run, stack):
     from tensorboard.plugins.text import summary_v2 as text
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    events = stack.enter_context(contextlib.closing(EventFileWriter(str(run), flush_secs=10)))
+    events = EventFileWriter(str(run), flush_secs=10)
 
     def add(step, summary):
         events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
@@ -2641,6 +2700,7 @@ def tensorboard_sink(config, run, stack):
                 samples = name == "samples"
                 add(step, text.text_pb(name, value) if samples else scalar.scalar_pb(name, np.float32(value)))
 
+    stack.callback(events.close)
     add(0, hparams.hparams_pb(dataclasses.asdict(config) | {"mesh": str(config.mesh)}))
     return write
 
@@ -2651,7 +2711,7 @@ def wandb_key():
         os.environ["WANDB_API_KEY"] = key  # wandb reads it there
         return key
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
+    with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
         logins = netrc.netrc().hosts
         hosts = url.split("//")[-1].strip("/"), "api.forge.coreweave.com"
         return next((logins[name][2] for name in hosts if name in logins), None)
@@ -2664,10 +2724,12 @@ def open_wandb(config, run, name):
     """
     mode = config.wandb_mode
     if mode == "auto":
-        mode = os.environ.get("WANDB_MODE", "online" if wandb_key() else "disabled")
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb_key() else "disabled")
     if mode == "disabled":
         return None
     try:
+        known = mode in ("online", "offline", "dryrun", "run")
+        require(known, "WANDB_MODE", mode, "must be online, offline or disabled here; unset it for the default")
         key = mode == "offline" or wandb_key()
         require(key, "wandb_mode", mode, "needs a key: set WANDB_API_KEY, or run `wandb login`, or choose offline")
         import wandb
@@ -2706,12 +2768,13 @@ class Diverged(InputError):
 class RunLog:
     """Metrics of a run to its sinks, one log interval late, and a progress bar; in a notebook also the loss curve.
 
-    `quiet`: a search prints for all of its runs. Of several processes the first has sinks; all watch for NaN.
-    Throughput is that of the training steps alone, from the moments at which the host saw a step's result.
+    `sinks`: {name: function}. `quiet`: a search prints for all of its runs. Of several processes the first has sinks;
+    all check for NaN. Throughput is that of the training steps alone, from the moments at which the host saw a result.
     """
 
     def __init__(self, config, run, step, sinks, quiet=False):
         self.config, self.run, self.sinks, self.quiet, self.done = config, run, sinks, quiet, step
+        self.failed = set()  # names of what watches, and has failed
         self.total = config.total_steps
         self.flops, peak = flops_per_token(config), peak_flops(jax.devices()[0].device_kind)
         self.peak = peak and peak * config.devices
@@ -2723,13 +2786,30 @@ class RunLog:
         self.last, self.waited, self.smooth = {}, 0.0, None
         self.picture, self.drawn, self.drawing = None, time.perf_counter(), 0.1
 
+    @contextlib.contextmanager
+    def watching(self, name):
+        """Wraps what only watches the training: an error in it is printed once, and the training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if name not in self.failed:
+                self.failed.add(name)
+                self.say(f"{name} failed: {first_line(error)}; training goes on without it")
+
     def write(self, step, **values):
-        for sink in self.sinks:
-            sink(step, values)
+        for name, sink in self.sinks.items():
+            if name not in self.failed:
+                with self.watching(name):
+                    sink(step, values)
 
     def say(self, text, step=None):
-        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
-        sys.stdout.flush()
+        try:
+            tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
+            sys.stdout.flush()
+        except OSError:  # nobody listens any more: a closed pipe, a terminal that is gone
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)  # so that the end of the process can flush what is left
+            os.close(nowhere)
 
     def train_step(self, step, metrics, batch="", waited=0.0):
         """Takes the metrics of a step without waiting for them, and reads those of the log interval before.
@@ -2738,7 +2818,9 @@ class RunLog:
         Diverged for a loss or gradient that is not finite, unless config.nonfinite says skip.
         """
         self.done = step + 1
-        self.bar.update()
+        if not self.bar.disable:
+            with self.watching("progress bar"):
+                self.bar.update()
         self.current.append((step, metrics, batch, waited))
         if due(step, self.config.log_interval or 100):
             self.read(self.previous)
@@ -2777,7 +2859,8 @@ class RunLog:
         self.waited = waited
         self.write(step, **self.last)
         if IN_NOTEBOOK and not self.quiet and time.perf_counter() - self.drawn > 200 * self.drawing:  # 0.5% of the time
-            self.draw()
+            with self.watching("loss curve"):
+                self.draw()
         self.smooth = metrics["loss"] if self.smooth is None else 0.8 * self.smooth + 0.2 * metrics["loss"]
         if rates["tokens_per_second"]:
             left = datetime.timedelta(seconds=round(self.seconds / self.steps * (total - step - 1)))
@@ -2803,16 +2886,18 @@ class RunLog:
     @contextlib.contextmanager
     def paused(self, state, what):
         """Waits for the device to finish its steps. The time inside counts as `what`, not as training."""
-        self.read(self.previous)  # first, so that its moment is its own
-        self.read(self.current)
-        self.previous, self.current = [], []
+        for entries in (self.previous, self.current):  # one after the other, so that each moment is its own
+            self.read(entries)
+            entries.clear()
         jax.block_until_ready(state.step)
         self.measure(self.done)
         started = time.perf_counter()
-        with jax.profiler.TraceAnnotation(what):
-            yield
-        self.times[what] += time.perf_counter() - started
-        self.seen = None
+        try:
+            with jax.profiler.TraceAnnotation(what):
+                yield
+        finally:
+            self.times[what] += time.perf_counter() - started
+            self.seen = None
 
 
 def show_rates(tokens_per_second, mfu):
@@ -2826,24 +2911,8 @@ def show_rates(tokens_per_second, mfu):
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
 
 
-@contextlib.contextmanager
-def stop_requests():
-    """Yields a list that SIGTERM and SIGINT (Ctrl-C, a notebook's stop button) append their names to, in place of their
-    usual effect. A second SIGINT interrupts at once. On several processes SIGTERM is jax's: they agree on a step."""
-    asked = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-
-    here = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM) if here}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class Stopped(BaseException):
+    """A signal asked the training loop to stop."""
 
 
 @contextlib.contextmanager
@@ -2887,24 +2956,47 @@ class Training:
     """All that surrounds the training loop: data, run folder, log, checkpoints, trace. Use it in a `with` block.
 
     What can be wrong with the Config, the shards, the tokenizer or the run folder is raised before anything compiles.
+    Whatever ends the block, the state after the last whole step is saved. A stop request ends it without an error.
     """
 
     def __init__(self, config, report=None):
-        self.started, self.report, backend = time.perf_counter(), report, jax.default_backend()
+        self.config, self.report, self.started = config, report, time.perf_counter()
+        self.asked, self.waiting, self.todo, self.taken = [], False, [], None
+        self.finished, self.validated, self.batches, self.summary = False, {}, None, None
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            self.open_data()
+            self.open_state(stack)
+            self.open_log(stack)
+            self.profile = stack.enter_context(contextlib.ExitStack())
+            self.take_signals(stack)
+            self.stack = stack.pop_all()
+        self.log.times["start"] = time.perf_counter() - self.started
+        return self
+
+    def open_data(self):
+        """Prints the machine, and finds shards and tokenizer."""
+        config, backend = self.config, jax.default_backend()
         device_mesh(config)  # raises if there are too few devices
         here = backend == "tpu" or config.attn_impl not in ("splash", "pallas", "fused")
         require(here, "attn_impl", config.attn_impl, f"needs a TPU, and this is a {backend}; leave it at auto")
-        if not report:  # a search has printed it once
+        if not self.report:  # a search has printed it once
             describe_machine(config)
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
-        if not report and self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
+        if not self.report and self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
             tokens = f"the tokenizer has {self.tokenizer.n_vocab} tokens"
             print(f"data    {tokens}: other rows of vocab_size={config.vocab_size} are never trained")
-        check_alike(config, self.tokenizer._mergeable_ranks)
+
+    def open_state(self, stack):
+        """Opens the run folder, and loads the newest checkpoint or makes the first state."""
+        config, self.data = self.config, data_of(self.shards, self.fetch_validation, self.tokenizer)
+        check_alike(config, self.data)
         if is_first():
             open_backup(config)
-        self.run, checkpoint = open_run_together(config)
+        self.run, checkpoint, lock = open_run_together(config, self.data)
+        stack.enter_context(lock)
         self.state, self.meta = load_checkpoint(checkpoint, config) if checkpoint else (None, {"step": 0})
         self.config = config = keep_step_size(config, self.meta)
         self.state = self.state or init_train_state(config)
@@ -2912,139 +3004,215 @@ class Training:
         for name in self.meta.get("files", ()) if is_first() else ():
             if name in LOGS:
                 shutil.copyfile(checkpoint / name, self.run / name)
-        self.first_step, self.best, self.batches, self.validated = self.meta["step"], self.meta.get("best"), None, {}
+        self.first_step, self.best, self.todo = self.meta["step"], self.meta.get("best"), self.meta.get("todo", [])
         describe_run(config, self.run, self.first_step)
         stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
         traced = self.first_step <= config.profile_start < stop and is_first()
         self.traced = (config.profile_start, stop) if traced else ()
 
-    def __enter__(self):
+    def open_log(self, stack):
+        """Starts the loader, the log with its sinks, and the writer of checkpoints."""
         config, run, first = self.config, self.run, self.first_step
-        with contextlib.ExitStack() as stack:
-            self.loader = stack.enter_context(PrefetchDataLoader(config, self.tokenizer, self.shards))
-            if first:
-                self.loader.load_state_dict(self.meta.get("loader"))
-            self.wandb = open_wandb(config, run, self.meta.get("wandb")) if is_first() else None
-            sinks = [file_sink(run), tensorboard_sink(config, run, stack)] if is_first() else []
-            if self.wandb:
-                stack.push(lambda kind, *_: self.wandb.finish(exit_code=int(kind is not None)))
-                sinks.append(wandb_sink(self.wandb))
-            if self.report:
-                sinks.append(lambda step, values: "samples" in values or self.report(step, values))
-            self.log = RunLog(config, run, first, sinks, quiet=bool(self.report))
-            stack.callback(self.log.bar.close)
-            self.saver = stack.enter_context(contextlib.closing(Checkpointer(config, run, self.log.say)))
-            stack.push(self.advise)
-            self.profile = stack.enter_context(contextlib.ExitStack())
-            self.asked = stack.enter_context(stop_requests())
-            self.stack = stack.pop_all()
-        self.log.times["start"] = time.perf_counter() - self.started
-        return self
+        self.loader = stack.enter_context(PrefetchDataLoader(config, self.tokenizer, self.shards))
+        if first:
+            self.loader.load_state_dict(self.meta.get("loader"))
+        self.log = log = RunLog(config, run, first, {}, quiet=bool(self.report))
+        self.saver = Checkpointer(config, run, log.say)
+        self.wandb = open_wandb(config, run, self.meta.get("wandb")) if is_first() else None
+        watchers = stack.enter_context(contextlib.ExitStack())
+        stack.push(lambda kind, *_: self.close_log(watchers, failed=kind is not None))
+        if is_first():
+            log.sinks["metrics.jsonl"] = file_sink(run)
+            with log.watching("TensorBoard"):
+                log.sinks["TensorBoard"] = tensorboard_sink(config, run, watchers)
+        if self.wandb:
+            log.sinks["wandb"] = wandb_sink(self.wandb)
 
-    def __exit__(self, *exception):
-        return self.stack.__exit__(*exception)
+    def close_log(self, watchers, failed):
+        """Closes what watches. An error of it, whatever it is, is printed."""
+        for name, close in (
+            ("progress bar", self.log.bar.close), ("TensorBoard", watchers.close),
+            ("wandb", lambda: self.wandb and self.wandb.finish(exit_code=int(failed))),
+        ):  # fmt: skip
+            with self.log.watching(name):
+                close()
 
-    def advise(self, kind, error, traceback):
-        """Adds the last checkpoint, and what may help, to the message of Diverged."""
-        if kind is Diverged:
-            self.saver.close()
-            last = (
-                f"the last good checkpoint is {self.saver.newest}"
-                if self.saver.newest
-                else "there is no checkpoint yet"
-            )
+    def take_signals(self, stack):
+        """Replaces the usual effect of SIGINT (Ctrl-C, a notebook's stop button), SIGTERM and SIGHUP by `ask`. On
+        several processes SIGTERM is jax's: they agree on a step."""
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    stack.callback(signal.signal, number, signal.signal(number, self.ask))
+
+    def ask(self, number, frame):
+        """Notes a signal. Interrupts the main thread where it only waits; a second SIGINT interrupts it anywhere."""
+        again = bool(self.asked)
+        self.asked.append(signal.Signals(number).name)
+        if self.waiting:
+            raise Stopped
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Lets a stop request interrupt what is inside: the state is whole, and the main thread only waits."""
+        self.waiting = True
+        try:
+            if self.asked:
+                raise Stopped
+            yield
+        finally:
+            self.waiting = False
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if error is not None:
+                words = self.rescue(error)
+                if isinstance(error, Stopped):
+                    self.finish()
+        except Diverged as worse:  # the log was one interval late
+            error, words = worse, self.rescue(worse)
+        finally:
+            stopped = isinstance(error, Stopped)
+            self.stack.__exit__(*((None,) * 3 if stopped else (kind, error, traceback)))
+        if isinstance(error, Diverged):
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
-            raise Diverged(f"{error}; {last}. {hint}") from None
+            raise Diverged(f"{error}; {words}. {hint}") from None
+        if memory_is_out(error):
+            raise InputError(f"out of memory: {first_line(error)[:120]}; {batch_that_fits(self.config)}") from error
+        return stopped
 
-    def trace(self, step, state):
+    def rescue(self, error):
+        """Saves the state of the last whole step, if no checkpoint has it. Returns, and prints, where the newest is."""
+        words, first = "", self.first_step
+        try:
+            if isinstance(error, Diverged) or jax.process_count() > 1 and not isinstance(error, Stopped):
+                pass  # the state is spoilt, or the other processes will not come to gather it
+            elif (step := int(self.state.step)) > first and step != self.saver.step:
+                if self.taken[0] == step:  # a batch was taken, and its step not done
+                    self.loader.position = self.taken[1]
+                self.write_state()
+            self.saver.close()
+        except Diverged:
+            raise
+        except BaseException as failure:  # a full disk, a device that is gone, one more Ctrl-C
+            words = f"the last steps could not be saved ({first_line(failure)}); "
+        newest = self.saver.newest or (list_checkpoints(self.run)[-1] if first else None)
+        words += f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        if not self.report:
+            self.log.say(f"{self.asked[0] if self.asked else type(error).__name__}: {words}")
+        return words
+
+    def trace(self, step):
         """Starts and ends the XProf trace of config.profile_steps steps."""
         if step in self.traced:
-            with self.log.paused(state, "tracing"):
+            with self.log.paused(self.state, "tracing"), self.log.watching("profiler"):
                 if step == self.traced[0]:
                     self.profile.enter_context(xprof_trace(self.run))
                 else:
                     self.profile.close()
 
-    def next_batch(self):
-        """Returns (tokens, targets) of the next step."""
-        self.place = self.loader.position
-        with jax.profiler.TraceAnnotation("wait for data"):
+    def next_batch(self, step):
+        """Returns (tokens, targets) of a step."""
+        self.taken = step, self.loader.position
+        with jax.profiler.TraceAnnotation("wait for data"), self.interruptible():
             return next(self.loader)
 
-    def log_step(self, step, metrics, state):
+    def log_step(self, step, metrics):
         """Logs the metrics of a step, one interval late; waits for the first step, and prints when it was done."""
+        if due(step, self.config.log_interval):
+            with self.log.watching("norms"):
+                metrics |= state_norms(self.state)
         if step == self.first_step:
-            jax.block_until_ready(state.step)
+            jax.block_until_ready(self.state.step)
             seconds = time.perf_counter() - self.started
             self.log.times["compiling"] = seconds - self.log.times["start"]
             self.log.say(f"first step after {seconds:.1f} s, compilation included; loss {float(metrics['loss']):.3f}")
-        start, stop = self.place, self.loader.position
+        start, stop = self.taken[1], self.loader.position
         batch = f"document {start.row} (from token {start.offset}) of training shard {start.shard} "
         batch += f"to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
         self.log.train_step(step, metrics, batch, self.loader.wait_seconds)
         self.saver.check()
 
-    def asked_to_stop(self, done):
-        """Whether a signal asks to stop after `done` steps; several processes agree on that step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+    def work(self):
+        """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.log.done):
             self.asked.append("SIGTERM")
-        return bool(self.asked)
+        while self.todo:
+            getattr(self, self.todo[0])()
+            self.todo = self.todo[1:]
+        if self.asked and not self.finished:
+            raise Stopped
 
-    def evaluate(self, state, last):
+    def evaluate(self):
         """Evaluates on the validation shard, the last time on more of it."""
-        done = self.log.done
-        with self.log.paused(state, "evaluation"):
+        done, last = self.log.done, self.log.done == self.config.total_steps
+        with self.log.paused(self.state, "evaluation"), self.interruptible():
             if last or not self.batches:
                 if self.validation.done() and self.validation.exception():
                     self.validation = in_background(self.fetch_validation)  # a second chance
                 amount = self.config.final_eval_tokens if last else self.config.eval_tokens
                 self.batches = validation_batches(self.config, self.tokenizer, self.validation.result(), amount)
-            self.validated = evaluate(self.config, state.params, self.batches) | {"step": done}
-            loss, bpb = self.validated["loss"], self.validated["bpb"]
-            self.log.write(done, val_loss=loss, val_bpb=bpb)
-            if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
-                self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
-            if not self.report:
-                self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
+            self.validated = evaluate(self.config, self.state.params, self.batches) | {"step": done}
+        loss, bpb = self.validated["loss"], self.validated["bpb"]
+        self.log.write(done, val_loss=loss, val_bpb=bpb)
+        if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
+            self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
+        if not self.report:
+            self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
 
-    def sample(self, state):
+    def sample(self):
         """Continues SAMPLE_PROMPTS, in the log and on the screen, as far as the context reaches."""
         longest = max(len(self.tokenizer.encode_ordinary(prompt)) for prompt in SAMPLE_PROMPTS)
-        count = min(48, self.config.seq_len - longest - 1)
-        with self.log.paused(state, "samples"):
-            if count > 0:
-                texts = generate(self.config, state.params, self.tokenizer, SAMPLE_PROMPTS, max_new_tokens=count)
-                self.log.write(self.log.done, samples=texts)
-                if not self.report:
-                    self.log.say(f"sample: {texts[0]!r}", self.log.done)
+        work = self.config, self.state.params, self.tokenizer, SAMPLE_PROMPTS
+        if (count := min(48, self.config.seq_len - longest - 1)) > 0:
+            # In a thread of its own: a signal can interrupt Python's waits, not jax's.
+            with self.log.paused(self.state, "samples"), self.interruptible():
+                texts = in_background(lambda: generate(*work, max_new_tokens=count)).result()
+            self.log.write(self.log.done, samples=texts)
+            if not self.report:
+                self.log.say(f"sample: {texts[0]!r}", self.log.done)
 
-    def save(self, state, finished):
-        """Saves a checkpoint in the background."""
-        with self.log.paused(state, "saving"):
-            meta = {"finished": finished, "best": self.best, "wandb": self.wandb and self.wandb.id}
+    def save(self):
+        """Saves a checkpoint in the background, after the one before."""
+        with self.interruptible():
+            self.saver.writing.result()
+        self.write_state()
+
+    def write_state(self):
+        """Starts to write a checkpoint of the state. `todo`: what was due after the last step, and is not done."""
+        with self.log.paused(self.state, "saving"):
+            todo = [name for name in self.todo if name != "save"]
+            self.finished = self.log.done == self.config.total_steps and not todo
+            meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
-            self.saver.save(state, loader=self.loader.state_dict(), **meta)
+            name = self.wandb and self.wandb.id
+            self.saver.save(self.state, loader=self.loader.state_dict(), wandb=name, **meta)
 
-    def finish(self, state):
-        """Waits for the last checkpoint, draws the curve, and returns the summary of the run."""
+    def finish(self):
+        """Waits for the last checkpoint, draws the curve, and makes the summary of the run."""
         log, config, validated = self.log, self.config, self.validated
-        stopped = self.asked[0] if self.asked and log.done < config.total_steps else ""
+        stopped = self.asked[0] if self.asked and not self.finished else ""
         if stopped:
             log.say(f"{stopped}: stopped after step {log.done}; its checkpoint is kept, the same start goes on from it")
-        with log.paused(state, "saving"):
+        with log.paused(self.state, "saving"):
             self.saver.close()
         if is_first():
-            log.draw()
+            with log.watching("loss curve"):
+                log.draw()
         if self.wandb:
             import wandb
 
-            self.wandb.log({"loss curve": wandb.Image(str(self.run / "loss.png"))})
-            artifact = wandb.Artifact(f"{self.run.name}-checkpoint", type="model")
-            artifact.add_dir(str(self.saver.newest), policy="immutable")  # not copied first: it does not change
-            self.wandb.log_artifact(artifact)
+            with log.watching("wandb"):
+                self.wandb.log({"loss curve": wandb.Image(str(self.run / "loss.png"))})
+                if self.saver.newest:
+                    artifact = wandb.Artifact(f"{self.run.name}-checkpoint", type="model")
+                    artifact.add_dir(str(self.saver.newest), policy="immutable")  # not copied first
+                    self.wandb.log_artifact(artifact)
         seconds = time.perf_counter() - self.started
-        return {
+        self.summary = {
             "step": log.done, "loss": log.last.get("loss"), "val_loss": validated.get("loss"),
             "val_bpb": validated.get("bpb"), "by_position": validated.get("by_position"), "best": self.best,
             "stopped": stopped, "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
@@ -3052,6 +3220,57 @@ class Training:
             "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": self.loader.wait_seconds,
             "peak_memory": peak_memory(), "run_dir": str(self.run),
         }  # fmt: skip
+
+
+# %% Memory of a step cellView="form" tags=["shared"]
+# @title Memory of a step
+def memory_of_step(config):
+    """Returns the bytes that train_step takes on a device, by its compiler: state, batch and temporaries."""
+    mesh = device_mesh(config) if config.devices > 1 else None
+
+    def placed(x, *spec):
+        place = sharding(config, *spec, mesh=mesh) if mesh else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    state = jax.tree.map(lambda x: placed(x, *weight_spec(config, x.shape)), state_shapes(config))
+    tokens = placed(jax.ShapeDtypeStruct(config.batch_shape, jnp.int32), None, ROWS)
+    memory = train_step.lower(config, state, tokens, tokens).compile().memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def memory_is_out(error):
+    """Whether an exception says that a device or the host has no memory left."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def memory_limit():
+    """Returns the bytes that a step may take on a device; of a CPU, those of the machine, or of `ulimit -v`."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["bytes_limit"]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed, taken = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if allowed == resource.RLIM_INFINITY or not taken.exists():
+        return 0.9 * machine
+    return 0.9 * min(machine, allowed - int(taken.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def batch_that_fits(config):
+    """Returns the remedy of a step that does not fit: the largest device_batch_size that does, by the compiler."""
+    total, rows = config.tokens_per_step, config.tokens_per_step // (config.seq_len * config.devices)
+    sizes = [size for size in range(1, config.device_batch_size) if rows % size == 0]
+    remedy = "lower device_batch_size (total_batch_size keeps the tokens of a step)"
+
+    def memory(size):
+        return memory_of_step(config.replace(device_batch_size=size, total_batch_size=total))
+
+    try:
+        (a, b), limit = sizes[:2], memory_limit()
+        least, slope = memory(a), (memory(b) - memory(a)) / (b - a)
+        near = [size for size in sizes if least + slope * (size - a) <= limit]
+        size = next(size for size in near[:-4:-1] if memory(size) <= limit)
+        return f"set device_batch_size={size}, the largest that fits, and total_batch_size={total}, to keep the step"
+    except Exception:  # too few sizes, or no memory for the question
+        return f"{remedy}, or the model" if config.device_batch_size > 1 else "make the model or seq_len smaller"
 
 
 # %% Banner and summary cellView="form" tags=["shared"]
@@ -3147,22 +3366,6 @@ def one_line_errors():
         if sys.excepthook.__name__ == "leave_at_once":  # one of several hosts: an orderly exit would wait for all
             os._exit(2)
         raise SystemExit(2 if isinstance(error, InputError) else 130) from None
-
-
-# %% Memory of a step cellView="form" tags=["shared"]
-# @title Memory of a step
-def memory_of_step(config):
-    """Returns the bytes that train_step takes on a device, by its compiler: state, batch and temporaries."""
-    mesh = device_mesh(config) if config.devices > 1 else None
-
-    def placed(x, *spec):
-        place = sharding(config, *spec, mesh=mesh) if mesh else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    state = jax.tree.map(lambda x: placed(x, *weight_spec(config, x.shape)), state_shapes(config))
-    tokens = placed(jax.ShapeDtypeStruct(config.batch_shape, jnp.int32), None, ROWS)
-    memory = train_step.lower(config, state, tokens, tokens).compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 # %% Compressors cellView="form" tags=["shared"]

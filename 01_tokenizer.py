@@ -141,6 +141,28 @@ def get_secret(name):
     return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
+def keep_writable(stream):
+    """Makes a script's stream take any text in any locale, and lead nowhere once nobody reads it: a closed pipe, or a
+    terminal that is gone, must not stop a run."""
+
+    def guarded(call):
+        def attempt(*args):
+            try:
+                return call(*args)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return attempt
+
+    stream.reconfigure(errors="backslashreplace")
+    stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
+
+
+if __name__ == "__main__" and not IN_NOTEBOOK:
+    for stream in (sys.stdout, sys.stderr):
+        keep_writable(stream)
+
+
 def progress_bar(*args, **options):
     """Returns a tqdm bar, silent in a log file. A notebook shows stderr in red, so there the bar goes to stdout."""
     shown = IN_NOTEBOOK or sys.stderr.isatty()

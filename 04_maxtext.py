@@ -156,6 +156,28 @@ def get_secret(name):
     return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
+def keep_writable(stream):
+    """Makes a script's stream take any text in any locale, and lead nowhere once nobody reads it: a closed pipe, or a
+    terminal that is gone, must not stop a run."""
+
+    def guarded(call):
+        def attempt(*args):
+            try:
+                return call(*args)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return attempt
+
+    stream.reconfigure(errors="backslashreplace")
+    stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
+
+
+if __name__ == "__main__" and not IN_NOTEBOOK:
+    for stream in (sys.stdout, sys.stderr):
+        keep_writable(stream)
+
+
 def progress_bar(*args, **options):
     """Returns a tqdm bar, silent in a log file. A notebook shows stderr in red, so there the bar goes to stdout."""
     shown = IN_NOTEBOOK or sys.stderr.isatty()
@@ -231,6 +253,13 @@ if (
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small programs, too: there are dozens
+
+# The numbers must not depend on what the environment says. (Dtypes are written down: x64 changes nothing.)
+for name, value in {
+    "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow",
+}.items():  # fmt: skip
+    jax.config.update(name, value)
 
 
 def cpu_fact(name):
@@ -335,6 +364,7 @@ LETTERS = (
     "must be made of S (short window) and L (the whole context)",
     lambda value: set(value) in ({"S"}, {"L"}, {*"SL"}),
 )
+PROJECT = r"must not hold one of /\\#?%:", lambda value: not set(value) & {*r"/\\#?%:"}
 SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", lambda value: 0 < value <= 70
 
 
@@ -394,7 +424,7 @@ class BaseConfig:
     profile_start: int = host(15, "the first step of the XProf trace", NOT_NEGATIVE)
     profile_steps: int = host(5, "how many steps are traced; 0 = none", NOT_NEGATIVE)
     wandb_mode: str = host("auto", "auto = online if there is a key", one_of("auto", "online", "offline", "disabled"))
-    wandb_project: str = host("tpuchat", "wandb project")
+    wandb_project: str = host("tpuchat", "wandb project", PROJECT)
     eval_tokens: int = host(524_288, "validation tokens of an evaluation during training", POSITIVE)
     final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
@@ -473,8 +503,19 @@ class BaseConfig:
 
     @classmethod
     def for_device(cls):
-        """Returns the demo on a CPU; elsewhere the notebook's model, its step in passes that fit the device."""
-        if jax.default_backend() == "cpu":
+        """Returns the demo on a CPU; elsewhere the notebook's model, its step in passes that fit the device.
+
+        Raises InputError if jax cannot have the device that is there, or the one that it was told to take.
+        """
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        try:
+            backend = jax.default_backend()
+        except RuntimeError as error:
+            raise InputError(f"JAX_PLATFORMS={asked}: {first_line(error)}; unset it to take what is here") from error
+        rule = "is there, but jax does not have it: end the process that holds it (restart the runtime), or install "
+        rule += "jax[tpu]; JAX_PLATFORMS=cpu trains the demo without it"
+        require(backend != "cpu" or not TPUS or "cpu" in asked, "TPU", str(TPUS[0] if TPUS else ""), rule)
+        if backend == "cpu":
             # Without bfloat16 instructions XLA converts each operand to float32, and back.
             fast = CPU_USES_BFLOAT16 and "_bf16" in cpu_fact("flags")
             return cls.demo().replace(compute_dtype="bfloat16" if fast else "float32")
@@ -1656,7 +1697,7 @@ def pick_token(key, logits, temperature, top_k, top_p):
         least = jnp.take_along_axis(ordered, kept - 1, axis=-1)
         return jax.random.categorical(key, jnp.where(scaled < least, -jnp.inf, scaled))
 
-    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 @jax.jit
@@ -1706,7 +1747,7 @@ def generate(
     tokens = np.array([row + [stop] * (T - len(row)) for row in ids], np.int32)
     lengths = np.array([len(row) for row in ids], np.int32)
     out = sample_tokens(
-        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop, jax.random.key(seed),
+        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop, jax.random.key(seed, impl="threefry2x32"),
         np.float32(temperature), np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
     )  # fmt: skip
     new = [row[n : n + max_new_tokens].tolist() for row, n in zip(np.asarray(out), lengths, strict=True)]
@@ -2438,7 +2479,7 @@ class Checkpointer:
     """
 
     def __init__(self, config, run, say=print):
-        self.config, self.run, self.say, self.step, self.newest = config, run, say, None, None
+        self.config, self.run, self.say, self.step, self.newest, self.copied = config, run, say, None, None, None
         self.writing = self.copying = in_background(lambda: None)
 
     def save(self, state, **meta):
@@ -2452,12 +2493,11 @@ class Checkpointer:
         if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         self.newest = write_checkpoint(self.run, self.config, arrays, logs, meta)
-        if self.config.backup and (self.copying.done() or meta.get("finished")):
-            self.copying.result()  # one copy at a time
+        if self.config.backup and self.copying.done():  # one copy at a time
             self.copying = in_background(lambda: self.back_up(self.newest))
 
     def back_up(self, path):
-        config, run = self.config, self.run.name
+        config, run, self.copied = self.config, self.run.name, path
         try:
             if config.backup == "hub":  # one commit replaces the checkpoint before
                 where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
@@ -2477,6 +2517,8 @@ class Checkpointer:
         """Waits for the checkpoint that is being written, and for its copy."""
         self.writing.result()
         self.copying.result()
+        if self.config.backup and self.copied != self.newest:
+            self.back_up(self.newest)
 
 
 def copy_checkpoint(path, run_dir):
@@ -2803,13 +2845,8 @@ class RunLog:
                     sink(step, values)
 
     def say(self, text, step=None):
-        try:
-            tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
-            sys.stdout.flush()
-        except OSError:  # nobody listens any more: a closed pipe, a terminal that is gone
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)  # so that the end of the process can flush what is left
-            os.close(nowhere)
+        tqdm.write(f"step {step:>{len(str(self.total))}}/{self.total}  {text}" if step is not None else text)
+        sys.stdout.flush()
 
     def train_step(self, step, metrics, batch="", waited=0.0):
         """Takes the metrics of a step without waiting for them, and reads those of the log interval before.
@@ -2828,13 +2865,14 @@ class RunLog:
 
     def read(self, entries):
         """Waits for the metrics of `entries`; checks all of them and shows those of logged steps."""
-        values, skipped = jax.device_get([metrics for _, metrics, *_ in entries]), 0
-        for (step, _, batch, waited), metrics in zip(entries, values, strict=True):
+        values, skipped, count = jax.device_get([metrics for _, metrics, *_ in entries]), 0, len(entries)
+        for metrics in values:
+            step, _, batch, waited = entries.pop(0)  # an error from here on must not bring its line twice
             metrics = {name: float(x) for name, x in metrics.items()}
             if not math.isfinite(sum(metrics.values())):
                 skipped += 1
                 words = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, on {batch}"
-                if self.config.nonfinite == "stop" or skipped == len(entries) > 1:  # a whole interval of skipped steps
+                if self.config.nonfinite == "stop" or skipped == count > 1:  # a whole interval of skipped steps
                     raise Diverged(words)
                 self.say(f"{words}: skipped")
             elif due(step, self.config.log_interval):
@@ -2888,7 +2926,6 @@ class RunLog:
         """Waits for the device to finish its steps. The time inside counts as `what`, not as training."""
         for entries in (self.previous, self.current):  # one after the other, so that each moment is its own
             self.read(entries)
-            entries.clear()
         jax.block_until_ready(state.step)
         self.measure(self.done)
         started = time.perf_counter()
@@ -3097,7 +3134,8 @@ class Training:
         except Diverged:
             raise
         except BaseException as failure:  # a full disk, a device that is gone, one more Ctrl-C
-            words = f"the last steps could not be saved ({first_line(failure)}); "
+            if self.log.done > first:
+                words = f"the last steps could not be saved ({first_line(failure)}); "
         newest = self.saver.newest or (list_checkpoints(self.run)[-1] if first else None)
         words += f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         if not self.report:
@@ -3156,11 +3194,11 @@ class Training:
                 self.batches = validation_batches(self.config, self.tokenizer, self.validation.result(), amount)
             self.validated = evaluate(self.config, self.state.params, self.batches) | {"step": done}
         loss, bpb = self.validated["loss"], self.validated["bpb"]
-        self.log.write(done, val_loss=loss, val_bpb=bpb)
         if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
             self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
         if not self.report:
             self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
+        self.log.write(done, val_loss=loss, val_bpb=bpb)
 
     def sample(self):
         """Continues SAMPLE_PROMPTS, in the log and on the screen, as far as the context reaches."""
@@ -3170,9 +3208,9 @@ class Training:
             # In a thread of its own: a signal can interrupt Python's waits, not jax's.
             with self.log.paused(self.state, "samples"), self.interruptible():
                 texts = in_background(lambda: generate(*work, max_new_tokens=count)).result()
-            self.log.write(self.log.done, samples=texts)
             if not self.report:
                 self.log.say(f"sample: {texts[0]!r}", self.log.done)
+            self.log.write(self.log.done, samples=texts)
 
     def save(self):
         """Saves a checkpoint in the background, after the one before."""

@@ -78,7 +78,11 @@ def log(rounds, block=25):
         state, first, lines = nb.init_train_state(config), 0, itertools.count()
         live = nb.open_wandb(config, run, None)
         stack.callback(live.finish)
-        sinks = [nb.file_sink(run), nb.tensorboard_sink(config, run, stack), nb.wandb_sink(live)]
+        sinks = {
+            "file": nb.file_sink(run),
+            "events": nb.tensorboard_sink(config, run, stack),
+            "wandb": nb.wandb_sink(live),
+        }
         watch = nb.RunLog(config, run, 0, sinks, quiet=True)
         loader = stack.enter_context(nb.PrefetchDataLoader(config, tokenizer, shards))
 

@@ -1,6 +1,7 @@
 """What a run survives, and what it says: full disks, lost shards, a backup or wandb that fails, NaNs."""
 
 import errno
+import functools
 import os
 import re
 
@@ -14,16 +15,16 @@ from tests.hub_server import Fault, HubServer
 from tests.wandb_server import KEY, WandbServer
 
 
-def test_a_full_disk_is_said_and_the_old_checkpoint_stays(nb, tmp_path, monkeypatch):
-    """The second checkpoint meets a full disk: the run ends with the error, at once and not when its steps are done,
-    and goes on when there is room."""
+def test_a_full_disk_is_said_and_the_old_checkpoint_stays(nb, tmp_path, monkeypatch, capsys):
+    """From its second checkpoint on, a run meets a full disk: it ends with the error, at once and not when its steps are
+    done, says what is lost, and goes on when there is room."""
     import safetensors.numpy
 
     save_file, calls = safetensors.numpy.save_file, []
 
     def full(arrays, path, **options):
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) >= 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save_file(arrays, path, **options)
 
@@ -33,6 +34,8 @@ def test_a_full_disk_is_said_and_the_old_checkpoint_stays(nb, tmp_path, monkeypa
         with pytest.raises(nb.InputError, match=r"cannot write .*step_00000006.*No space left"):
             nb.train(config)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
+    words = r"the last steps could not be saved \(cannot write .*No space.*the last good checkpoint is .*step_00000003"
+    assert re.search(words, capsys.readouterr().out)
     assert nb.train(config)["step"] == 12
 
 
@@ -41,10 +44,11 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tokenizer, tm
     _, validation = nb.list_shards(nb.Config.demo())
     short = write_shard(tmp_path / "short.parquet", ["some words " * 100] * 40)
 
-    def broken():
-        raise nb.InputError("shard 7: gone")
+    def broken(name):
+        raise nb.InputError(f"{name}: gone")
 
-    monkeypatch.setattr(nb, "list_shards", lambda config: ([lambda: short, broken], validation))
+    shards = [functools.partial(nb.check_shard, short), functools.partial(broken, "shard 7")]
+    monkeypatch.setattr(nb, "list_shards", lambda config: (shards, validation))
     monkeypatch.setattr(nb, "find_tokenizer", lambda *_: tokenizer)
     with pytest.raises(nb.InputError, match="shard 7: gone"):
         nb.train(tiny(nb, tmp_path / "run", dataset="karpathy/climbmix-400b-shuffle", num_iterations=1000))
@@ -116,7 +120,7 @@ def test_a_run_that_diverges_says_where(nb, tmp_path):
 
 def test_skipped_steps_are_said(nb, tmp_path, capsys):
     """Each with its batch; where all steps of an interval are skipped, that does not pass: the run ends."""
-    log = nb.RunLog(tiny(nb, tmp_path, nonfinite="skip"), tmp_path, 0, [])
+    log = nb.RunLog(tiny(nb, tmp_path, nonfinite="skip"), tmp_path, 0, {})
 
     def step(number, loss):
         log.train_step(number, {"loss": loss, "grad_norm": 1.0, "learning_rate": 1.0}, f"batch {number}")

@@ -162,7 +162,9 @@ def test_metrics_are_read_one_interval_late(nb, tmp_path):
             raise AssertionError("the host waited for the device")
 
     lines = []
-    log = nb.RunLog(tiny(nb, tmp_path), tmp_path, 0, [lambda step, values: lines.append((step, values["loss"]))])
+    log = nb.RunLog(
+        tiny(nb, tmp_path), tmp_path, 0, {"lines": lambda step, values: lines.append((step, values["loss"]))}
+    )
     log.train_step(0, {"loss": 1.0, "learning_rate": 0.1})
     log.train_step(1, {"loss": OnItsWay()})  # not a log step
     log.train_step(2, {"loss": OnItsWay()})

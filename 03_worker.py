@@ -743,11 +743,6 @@ def trial_config(base, suggestion, name):
     )  # fmt: skip
 
 
-def out_of_memory(error):
-    """Whether the device had too little memory: that is the fault of the suggestion."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-
-
 def run_trial(base, run, suggestion):
     """Trains a suggestion and logs to the wandb run `run`. Returns the row of the trial: parameters, result, failure.
 
@@ -769,7 +764,7 @@ def run_trial(base, run, suggestion):
     except Exception as error:
         stopped = type(error) is Exception and not str(error)  # wandb.agent raises it in the thread of a trial
         row["failure"] = "stopped by the sweep" if stopped else f"{type(error).__name__}: {first_line(error)}"
-        if not stopped and not out_of_memory(error):
+        if not stopped:
             traceback.print_exc()
             unexpected = row["failure"]
     finally:
@@ -2504,7 +2499,7 @@ def write_folder(final, fill):
         return temporary.rename(final)
     except Exception as error:  # OSError, or safetensors' own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
+        raise InputError(f"cannot write {final}: {error}; make room: those before it are untouched") from error
 
 
 def list_checkpoints(run_dir):
@@ -3234,7 +3229,8 @@ class Training:
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
             raise Diverged(f"{error}; {words}. {hint}") from None
         if memory_is_out(error):
-            raise InputError(f"out of memory: {first_line(error)[:120]}; {batch_that_fits(self.config)}") from error
+            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)  # it compiles a few times
+            raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
         return stopped
 
     def rescue(self, error):

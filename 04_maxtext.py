@@ -2387,7 +2387,7 @@ def write_folder(final, fill):
         return temporary.rename(final)
     except Exception as error:  # OSError, or safetensors' own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write {final}: {error}; the checkpoints before it are untouched") from error
+        raise InputError(f"cannot write {final}: {error}; make room: those before it are untouched") from error
 
 
 def list_checkpoints(run_dir):
@@ -3117,7 +3117,8 @@ class Training:
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
             raise Diverged(f"{error}; {words}. {hint}") from None
         if memory_is_out(error):
-            raise InputError(f"out of memory: {first_line(error)[:120]}; {batch_that_fits(self.config)}") from error
+            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)  # it compiles a few times
+            raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
         return stopped
 
     def rescue(self, error):

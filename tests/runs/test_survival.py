@@ -3,17 +3,34 @@ is served, whatever the loop waits for."""
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.helpers import QUIET, ROOT, SECONDS, TINY, metrics, output_of, read_until, saved_steps, started, state_file
-from tests.helpers import tiny, write_shard
+from tests.helpers import (
+    EMBEDDED,
+    QUIET,
+    ROOT,
+    SECONDS,
+    TINY,
+    metrics,
+    one_line,
+    output_of,
+    read_until,
+    saved_steps,
+    script,
+    started,
+    state_file,
+    tiny,
+    write_shard,
+)
 
 AFTER = 7  # steps: the state of step 6 is saved, and that of step 7 is not
 
@@ -170,3 +187,129 @@ def test_a_terminal_that_is_gone_saves_and_one_that_is_expected_to_go_does_not_m
     command = f"set -o pipefail; {command} --num_iterations=40 --log_interval=1 | head -n 3"
     piped = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert piped.returncode == 0 and saved_steps(tmp_path / "piped") == [40], piped.stderr
+
+
+# ---- what a run depends on
+
+
+def test_one_folder_one_process(nb, tmp_path, monkeypatch, capsys):
+    """A second start is refused in a line while the first trains; the lock goes with its process. Storage without locks
+    is said."""
+    config = tiny(nb, tmp_path / "run", **QUIET | {"num_iterations": 2})
+    run, _, lock = nb.open_run(config)
+    with (
+        lock,
+        pytest.raises(nb.InputError, match="another process is training in .*run; wait, stop it, or name") as error,
+    ):
+        nb.train(config)
+    assert one_line(str(error.value), "run_dir=") and not list(run.glob("events*"))
+    holder = started("02_train.py", cwd=tmp_path, run_dir="run", **LONG)
+    read_until(holder, "first step")
+    with pytest.raises(nb.InputError, match="another process is training"):
+        nb.train(config)
+    never, _, lock = nb.open_run(config.replace(resume="never"))
+    lock.close()
+    assert never.name == "run-2"
+    holder.kill()
+    output_of(holder)
+    monkeypatch.setattr(nb.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    assert nb.train(config.replace(run_dir=str(tmp_path / "drive")))["step"] == 2
+    assert "cannot be locked" in capsys.readouterr().out
+
+
+def test_other_data_are_refused_by_name(nb, tmp_path):
+    """A folder that has grown would train on what validated before; another tokenizer gives other tokens."""
+    data, config = tmp_path / "data", tiny(nb, tmp_path / "run", dataset=str(tmp_path / "data"), final_eval_tokens=512)
+    shutil.copytree(EMBEDDED, data)
+    shards = sorted(data.glob("*.parquet"))
+    shards[0].rename(tmp_path / "later.parquet")
+    nb.train(config)
+    meta = sorted((tmp_path / "run").glob("checkpoints/*/meta.json"))[-1]
+    meta.write_text(meta.read_text().replace('"finished": true', '"finished": false'))
+
+    def refused(*words):
+        with pytest.raises(nb.InputError, match="holds an unfinished run on other data") as error:
+            nb.train(config)
+        return one_line(str(error.value), "resume='never'", *words)
+
+    added = shutil.copy(tmp_path / "later.parquet", data / "zzz.parquet")
+    assert refused("validation shard shard_00004.parquet", "→ zzz.parquet", "3 training shards → 4; new: shard_00004")
+    added.unlink()
+    shards[1].rename(data / "moved.parquet")
+    assert refused("gone: shard_00001.parquet", "new: moved.parquet")
+    (data / "moved.parquet").rename(shards[1])
+    names = data / "tokenizer" / "tokenizer.json"
+    names.write_text(names.read_text().replace("<|output_end|>", "<|another|>"))
+    assert refused("tokenizer ")
+    names.write_text(names.read_text().replace("<|another|>", "<|output_end|>"))
+    assert nb.train(config)["step"] == 12
+
+
+FLAGS = dict(
+    JAX_ENABLE_X64="1", JAX_DEFAULT_PRNG_IMPL="rbg", JAX_THREEFRY_PARTITIONABLE="0", JAX_RANDOM_SEED_OFFSET="7",
+    JAX_NUMPY_DTYPE_PROMOTION="strict", JAX_NUMPY_RANK_PROMOTION="raise", LC_ALL="C", PYTHONUTF8="0",
+    PYTHONIOENCODING="ascii", WANDB_MODE="",
+)  # fmt: skip
+
+
+def test_the_environment_does_not_decide_the_numbers(nb, finished, tmp_path):
+    """Whatever is set there: jax's flags, a locale that has no letters but ASCII."""
+    settings = TINY | dict(run_dir="run", profile_steps=3)
+    done = script("02_train.py", cwd=tmp_path, env=os.environ | FLAGS, **settings)
+    assert done.returncode == 0, done.stderr
+    assert state_file(tmp_path / "run") == state_file(finished[0].run_dir)
+    assert metrics(tmp_path / "run") == metrics(finished[0].run_dir)
+
+
+def test_out_of_memory_names_the_largest_batch_that_fits(nb, tmp_path, monkeypatch):
+    """And with that it trains. The folder is not used up."""
+    config = tiny(nb, tmp_path / "run", **QUIET | {"num_iterations": 2, "device_batch_size": 24})
+    train_step, limit = nb.train_step, nb.memory_of_step(config.replace(device_batch_size=9, total_batch_size=-1))
+
+    def full(config, state, *batch):
+        if config.device_batch_size > 12:
+            raise nb.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.\nmore")
+        return train_step(config, state, *batch)
+
+    full.lower = train_step.lower
+    monkeypatch.setattr(nb, "train_step", full)
+    monkeypatch.setattr(nb, "memory_limit", lambda: limit)
+    with pytest.raises(nb.InputError, match="^out of memory: RESOURCE_EXHAUSTED") as error:
+        nb.train(config)
+    found = re.search(
+        r"set device_batch_size=(\d+), the largest that fits, and total_batch_size=(\d+)", str(error.value)
+    )
+    size, total = map(int, found.groups())
+    fits = {
+        n: nb.memory_of_step(config.replace(device_batch_size=n, total_batch_size=total)) <= limit for n in (6, 8, 12)
+    }
+    assert size == max(n for n in fits if fits[n]) and not all(fits.values())
+    summary = nb.train(config.replace(device_batch_size=size, total_batch_size=total))
+    assert summary["step"] == 2 and summary["run_dir"] == config.run_dir and summary["tokens"] == 2 * 24 * 64
+
+
+def test_a_chip_that_jax_does_not_have_is_not_replaced_by_the_demo(nb, tmp_path, monkeypatch):
+    monkeypatch.setattr(nb, "TPUS", [Path("/dev/accel0")])
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(nb.InputError, match="/dev/accel0.*jax does not have it: .*JAX_PLATFORMS=cpu"):
+        nb.Config.for_device()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert nb.Config.for_device().dataset == "embedded"
+    done = script("02_train.py", cwd=tmp_path, env=os.environ | {"JAX_PLATFORMS": "tpu"}, num_iterations=1)
+    assert done.returncode == 2 and one_line(done.stderr.strip(), "error: JAX_PLATFORMS=tpu: ", "unset it")
+
+
+def test_a_profiler_in_use_and_one_that_cannot_write(nb, tmp_path, capsys):
+    """The trace is left out, and the run goes on."""
+    config = tiny(nb, tmp_path / "run", **QUIET | {"profile_steps": 3})
+    nb.jax.profiler.start_trace(str(tmp_path / "own"))
+    try:
+        assert nb.train(config)["step"] == 12
+    finally:
+        nb.jax.profiler.stop_trace()
+    trace = nb.xprof_trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nb, "xprof_trace", lambda run: (run / "profile").write_text("in the way") and trace(run))
+        assert nb.train(config.replace(resume="never"))["step"] == 12
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profiler failed: ")]
+    assert len(lines) == 2 and all(line.endswith("training goes on without it") for line in lines)

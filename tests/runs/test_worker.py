@@ -158,7 +158,7 @@ def test_a_trial_without_memory_fails_and_frees_the_device(worker, base, monkeyp
     before = held()
     row = worker.run_trial(base, run, worker.base_suggestion(base))
     run.finish()
-    assert row["val_bpb"] is None and "RuntimeError: RESOURCE_EXHAUSTED" in row["failure"]
+    assert row["val_bpb"] is None and "out of memory: RESOURCE_EXHAUSTED" in row["failure"]
     assert held() <= before + 1000  # the state is 100 times that
 
 

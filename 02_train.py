@@ -1670,7 +1670,8 @@ def generate(
     tokens = np.array([row + [stop] * (T - len(row)) for row in ids], np.int32)
     lengths = np.array([len(row) for row in ids], np.int32)
     out = sample_tokens(
-        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop, jax.random.key(seed, impl="threefry2x32"),
+        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop,
+        jax.random.key(seed, impl="threefry2x32"),
         np.float32(temperature), np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
     )  # fmt: skip
     new = [row[n : n + max_new_tokens].tolist() for row, n in zip(np.asarray(out), lengths, strict=True)]
@@ -2599,7 +2600,7 @@ def data_of(shards, validation, tokenizer):
 
 
 def changed_data(saved, data):
-    """Returns 'validation shard a → b, …': in what the data of a run, as data_of gives them, differ from a checkpoint's."""
+    """Returns 'validation shard a → b, …': what differs between the data of a checkpoint and of a run (data_of)."""
     words = []
     for name, new in data.items():
         old = saved.get(name, new)
@@ -2613,7 +2614,8 @@ def changed_data(saved, data):
 
 
 def open_run(config, data=None):
-    """Returns (run folder, checkpoint to resume from or None, lock): config.run_dir, or the first free run_dir-2, -3, ….
+    """Returns (run folder, checkpoint to resume from or None, lock) of config.run_dir, or of run_dir-2, -3, … if a run
+    has ended there.
 
     An unfinished run of the same Config and `data` (data_of) is resumed, an empty folder from its backup if there is
     one. Raises InputError if they differ, naming what does, if another process trains in the folder, or if it cannot be
@@ -3109,7 +3111,8 @@ class Training:
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
             raise Diverged(f"{error}; {words}. {hint}") from None
         if memory_is_out(error):
-            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)  # it compiles a few times
+            # A search does not compile a few programs more for a trial that is lost.
+            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)
             raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
         return stopped
 
@@ -3405,12 +3408,14 @@ def one_line_errors():
 # `Config.for_device()` is the reference model on a TPU or GPU, and the demo on a CPU. Change it with
 # `config.replace(...)`. As a script, every field is an option: `python 02_train.py --n_head 4 --num_iterations 200`.
 
+# %% Parameters tags=["parameters", "run"]
+CHANGES = {}  # fields of Config, such as {"num_iterations": 1000, "dataset": "my_folder"}
+
 # %% Configure tags=["run"]
 with one_line_errors():
     options = [] if IN_NOTEBOOK else sys.argv[1:]
     join_hosts()
-    config = parse_args(options, Config.for_device())
-# config = config.replace(num_iterations=1000, dataset="my_folder")
+    config = parse_args(options, Config.for_device().replace(**CHANGES))
 
 # %% [markdown]
 # ## Does it fit?

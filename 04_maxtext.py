@@ -1747,7 +1747,8 @@ def generate(
     tokens = np.array([row + [stop] * (T - len(row)) for row in ids], np.int32)
     lengths = np.array([len(row) for row in ids], np.int32)
     out = sample_tokens(
-        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop, jax.random.key(seed, impl="threefry2x32"),
+        config, params, tokens, lengths, lengths + np.int32(max_new_tokens), stop,
+        jax.random.key(seed, impl="threefry2x32"),
         np.float32(temperature), np.int32(min(top_k, config.vocab_size)), np.float32(top_p),
     )  # fmt: skip
     new = [row[n : n + max_new_tokens].tolist() for row, n in zip(np.asarray(out), lengths, strict=True)]
@@ -2615,7 +2616,7 @@ def data_of(shards, validation, tokenizer):
 
 
 def changed_data(saved, data):
-    """Returns 'validation shard a → b, …': in what the data of a run, as data_of gives them, differ from a checkpoint's."""
+    """Returns 'validation shard a → b, …': what differs between the data of a checkpoint and of a run (data_of)."""
     words = []
     for name, new in data.items():
         old = saved.get(name, new)
@@ -2629,7 +2630,8 @@ def changed_data(saved, data):
 
 
 def open_run(config, data=None):
-    """Returns (run folder, checkpoint to resume from or None, lock): config.run_dir, or the first free run_dir-2, -3, ….
+    """Returns (run folder, checkpoint to resume from or None, lock) of config.run_dir, or of run_dir-2, -3, … if a run
+    has ended there.
 
     An unfinished run of the same Config and `data` (data_of) is resumed, an empty folder from its backup if there is
     one. Raises InputError if they differ, naming what does, if another process trains in the folder, or if it cannot be
@@ -3117,7 +3119,8 @@ class Training:
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
             raise Diverged(f"{error}; {words}. {hint}") from None
         if memory_is_out(error):
-            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)  # it compiles a few times
+            # A search does not compile a few programs more for a trial that is lost.
+            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)
             raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
         return stopped
 
@@ -3512,13 +3515,15 @@ def show_tensorboard(run):
 # `Config.for_device()` is the 369M model on a TPU or GPU, and the demo on a CPU. Change it with `config.replace(...)`.
 # As a script, every field is an option, and `--preset` names another size: `python 04_maxtext.py --preset small`.
 
+# %% Parameters tags=["parameters", "run"]
+CHANGES = {}  # fields of Config, such as {"num_iterations": 1000, "dataset": "my_folder"}
+
 # %% Configure tags=["run"]
 with one_line_errors():
     join_hosts()
     preset, options = preset_option([] if IN_NOTEBOOK else sys.argv[1:])
     help_ = f"--preset {' | '.join(PRESETS)}: another size to begin with"
-    config = parse_args(options, preset or Config.for_device(), help_)
-# config = Config.small().replace(num_iterations=1000)
+    config = parse_args(options, (preset or Config.for_device()).replace(**CHANGES), help_)
 
 # %% [markdown]
 # ## Does it fit?

@@ -46,7 +46,7 @@ except ImportError:
     sys.exit("tools/notebooks.py needs jupytext: pip install -r requirements.txt, or point PYTHON at one with it")
 
 ROOT = Path(__file__).resolve().parents[1]
-TAGS = {"run", "shared"}
+TAGS = {"run", "shared", "parameters"}  # the last is papermill's: it sets values in a cell after that one
 METADATA = {"title", "tags", "cellView", "lines_to_next_cell", "cell_marker"}  # the last two keep blank lines
 CELL_FILTER = "title,tags,cellView,-all"
 MARKER = re.compile(r"^(?=# %%(?: |$))", re.M)  # where a cell starts
@@ -105,7 +105,7 @@ def check_cell(where, cell):
     if unknown := (set(cell.metadata) - METADATA) | (set(tags(cell)) - TAGS):
         raise NotebookError(
             f"{where}: cannot use {', '.join(sorted(map(str, unknown)))}: the form of this "
-            'line is: # %% Title tags=["run"], and the tags are run and shared'
+            'line is: # %% Title tags=["run"], and the tags are run, shared and parameters'
         )
     if "cellView" in cell.metadata:
         title = cell.metadata.get("title")

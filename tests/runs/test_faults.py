@@ -16,8 +16,8 @@ from tests.wandb_server import KEY, WandbServer
 
 
 def test_a_full_disk_is_said_and_the_old_checkpoint_stays(nb, tmp_path, monkeypatch, capsys):
-    """From its second checkpoint on, a run meets a full disk: it ends with the error, at once and not when its steps are
-    done, says what is lost, and goes on when there is room."""
+    """From its second checkpoint on, a run meets a full disk: it ends with the error, at once and not when its steps
+    are done, says what is lost, and goes on when there is room."""
     import safetensors.numpy
 
     save_file, calls = safetensors.numpy.save_file, []

@@ -1,5 +1,5 @@
-"""No step is lost to anything that can be caught: an error is raised at each call of the loop, in turn; and a stop request
-is served, whatever the loop waits for."""
+"""No step is lost to anything that can be caught: an error is raised at each call of the loop, in turn; and a stop
+request is served, whatever the loop waits for."""
 
 import functools
 import os
@@ -40,8 +40,8 @@ class Injected(Exception):
 
 
 def calls_of_the_loop(nb, config, after=AFTER, only=None, error=None):
-    """Trains. Returns (the functions of 02 that the main thread calls once `after` steps are done, in their order; steps
-    done; what was raised). Raises `error` where `only` is called for the first time."""
+    """Trains. Returns (the functions of 02 that the main thread calls once `after` steps are done, in their order;
+    steps done; what was raised). Raises `error` where `only` is called for the first time."""
     names, steps, train_step = [], [], nb.train_step
     here = nb.train.__code__.co_filename
 
@@ -90,8 +90,8 @@ WATCHES = {"file_sink.<locals>.write", "tensorboard_sink.<locals>.write", "xprof
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else f"every {value}",
 )
 def test_no_step_is_lost_wherever_an_error_is_raised(nb, whole, tmp_path, error, every):
-    """What only watches leaves the run alone. All else ends it with the error, and the last step that was done is saved:
-    the same start ends as a run that nothing happened to, to the bit."""
+    """What only watches leaves the run alone. All else ends it with the error, and the last step that was done is
+    saved: the same start ends as a run that nothing happened to, to the bit."""
     folder, names = whole
     lost, watched = {}, set()
     for number, name in enumerate(names[::every]):

@@ -2246,7 +2246,7 @@ def ask_hub(what, call):
                 "make room, or set HF_HOME": disk,
                 "wait, or set HF_TOKEN: accounts have higher limits": status == 429,
                 "check the name, and that HF_TOKEN may read (for an upload: write) it": refused,
-                "for a SOCKS proxy pip install 'httpx[socks]'; else unset ALL_PROXY or HF_ENDPOINT": cannot_pass(cause),
+                "pip install 'httpx[socks]' for a SOCKS proxy, or unset ALL_PROXY, HF_ENDPOINT": cannot_pass(cause),
                 "check the network, or use dataset='embedded'": True,
             }
             hint = next(hint for hint, fits in hints.items() if fits)
@@ -2287,12 +2287,16 @@ def is_intact(path):
 
 def hub_download(repo_id, filename, repo_type="dataset"):
     """Returns the local path of a file of the Hub, downloaded if it is absent, and fetched anew if it is damaged."""
+    damaged = []
 
     def download(api):
-        for force in (False, True):  # forced, it also replaces a file in the store that all repositories share
-            path = Path(api.hf_hub_download(repo_id, filename, repo_type=repo_type, force_download=force))
-            if is_intact(path):
-                return path
+        # Forced, the client also replaces a file in the store that repositories share.
+        path = Path(api.hf_hub_download(repo_id, filename, repo_type=repo_type, force_download=bool(damaged)))
+        if is_intact(path):
+            return path
+        damaged.append(path)
+        path.resolve().unlink()
+        path.unlink()
         raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
 
     return read_hub(f"download {filename} of {repo_id}", download)

@@ -2368,9 +2368,9 @@ def split_shards(dataset, names):
         words = [word[1].lower() for part in (name, *above[::-1]) if (word := SPLIT_WORD.search(part))]
         splits[words[0] if words else ""].append("/".join([*above, name]))
         root = list(itertools.takewhile(lambda part: not SPLIT_WORD.fullmatch(part), above)) or above
-        folders.setdefault(SPLIT_WORD.sub("", "/".join(above)).strip("-_./ "), "/".join([dataset, *root]))
-    one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted(folders)))
-    found = ", ".join([*folders.values()][:8]) + ", …" * (len(folders) > 8)
+        folders["/".join([dataset, *root])] = SPLIT_WORD.sub("", "/".join(above)).strip("-_./ ")
+    one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted({*folders.values()})))
+    found = ", ".join([*folders][:8]) + ", …" * (len(folders) > 8)
     require(one, "dataset", dataset, f"has several data sets; name one of them: {found}")
     shards = splits["train"] or splits[""]
     held_out = next((splits[word] for word in ("val", "dev", "test", "eval") if splits[word]), [])

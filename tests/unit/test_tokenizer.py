@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,14 +229,22 @@ def test_a_tokenizer_is_trained_once(nb, tmp_path, home, capsys):
 
 
 def test_a_tokenizer_is_not_that_of_another_folder(nb, tmp_path, home, monkeypatch):
-    """Two projects, each with a folder `corpus`: a relative name is not the name of a corpus."""
-    ranks = []
-    for seed, project in enumerate(("one", "two")):
-        first = corpus(tmp_path / project / "corpus", seed)
-        monkeypatch.chdir(tmp_path / project)
-        config = nb.Config.demo().replace(dataset="corpus", vocab_size=300)
-        ranks.append(nb.find_tokenizer(config, first.relative_to(tmp_path / project))._mergeable_ranks)
-    assert ranks[0] != ranks[1]
+    """Two projects, each with a folder `corpus`; names alike; shards that are links into one store, as `hf download`
+    leaves them. A folder has one name, whether it is named from / or from here."""
+    folders = [tmp_path / name for name in ("one/corpus", "two/corpus", "one--corpus", f"long/{'x' * 250}")]
+    for seed, folder in enumerate(folders):
+        store = corpus(tmp_path / "blobs" / str(seed), seed)
+        folder.mkdir(parents=True)
+        (folder / "a.parquet").symlink_to(store)
+    names = set()
+    for folder in folders:
+        monkeypatch.chdir(folder.parent)
+        for spelling in (folder, Path(folder.name), Path(".") / ".." / folder.parent.name / folder.name):
+            config = nb.Config.demo().replace(dataset=str(spelling), vocab_size=300)
+            names.add(nb.tokenizer_folder(config, spelling / "a.parquet"))
+        trained = nb.find_tokenizer(config, spelling / "a.parquet")
+        assert trained._mergeable_ranks == nb.find_tokenizer(config, folder / "a.parquet")._mergeable_ranks
+    assert len(names) == len(folders) and all(len(name.name) < 70 for name in names)
 
 
 def test_an_interrupted_save_is_not_taken_for_a_tokenizer(nb, tmp_path, home, monkeypatch):

@@ -178,9 +178,9 @@ def in_background(function):
 #
 # ## Config
 #
-# `option(default, help, rule)` declares a field. 32,768 tokens is what a model of a few hundred million parameters can
-# afford: the embedding and the head have a row for each token, 67 of the reference model's 268 million parameters. A
-# larger vocabulary packs more bytes into a token, and learns each row more slowly.
+# 32,768 tokens is what a model of a few hundred million parameters can afford: the embedding and the head have a row
+# for each token, 67 of the reference model's 268 million parameters. A larger vocabulary packs more bytes into a token,
+# and learns each row more slowly.
 
 
 # %% Options cellView="form" tags=["shared"]
@@ -462,6 +462,16 @@ def fetch_ahead(shards):
     yield following.result()
 
 
+def make_folder(folder):
+    """Returns `folder`, made if it is not there. Raises InputError if nobody can write to it."""
+    try:
+        os.makedirs(folder := os.path.expanduser(folder), exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another (run_dir, HOME)") from error
+    return Path(folder)
+
+
 def train_on_shards(config):
     """Returns (tokenizer, its folder, path of the validation shard): trained on config.dataset, and saved."""
     shards, validation = list_shards(config)
@@ -476,6 +486,9 @@ def train_on_shards(config):
     save_tokenizer(tokenizer, folder)
     print(f"{tokenizer.n_vocab:,} tokens from {len(shards)} shards in {time.perf_counter() - started:,.1f} s")
     print(f"in {str(folder).replace(str(Path.home()), '~', 1)}, where 02_train looks for it")
+    if (beside := first.parent / "tokenizer").exists():
+        same = all((folder / file.name).read_bytes() == file.read_bytes() for file in beside.glob("tokenizer.*"))
+        print("byte for byte the tokenizer beside the shards" if same else "02 prefers the tokenizer beside the shards")
     return tokenizer, folder, validation()
 
 
@@ -483,8 +496,8 @@ def train_on_shards(config):
 # ## Round trip
 #
 # A tokenizer that drops or changes one character spoils every run that uses it, and no loss curve shows it. So decoding
-# what was encoded must return the text: for every document of the validation shard, for source code, for every code
-# point of Unicode, and for bytes that are not text.
+# what was encoded must return the text: for every document of the validation shard, for every code point of Unicode,
+# and for bytes that are not text.
 
 
 # %% Round trip
@@ -527,8 +540,7 @@ def check_everything(tokenizer, validation):
 
 # %% Try it: round trip tags=["run"]
 if IN_NOTEBOOK:
-    for text in ("The cat saw the naïve dog. 🙂", *sentences):
-        print(toy.decode_tokens_bytes(toy.encode_ordinary(text)))
+    print(toy.decode_tokens_bytes(toy.encode_ordinary("The cat saw the naïve dog. 🙂")))
     print("bytes and tokens:", check_round_trip(toy, sentences))
 
 # %% [markdown]
@@ -591,8 +603,7 @@ if IN_NOTEBOOK:
 # ## What it learned
 #
 # The first merges are the most frequent pairs of the language; the last are rare words. A picture compares how many
-# tokens of the vocabulary have each length with how often tokens of that length are used. The vocabulary holds many
-# long words; running text uses the short ones.
+# tokens of the vocabulary have each length with how often they are used: running text uses the short ones.
 
 
 # %% What it learned
@@ -639,9 +650,9 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ## Upload
 #
-# A tokenizer is part of a model: the same ids must mean the same bytes for as long as the weights live. With
-# `hf_repo_id` and `HF_TOKEN` it goes to your Hub repo, where `02_train` with the same `hf_repo_id` finds it. The repo
-# is made, or found, before the training: a wrong name or a token that may not write is an error of the first seconds.
+# The same ids must mean the same bytes for as long as the weights live. With `hf_repo_id` and `HF_TOKEN` the tokenizer
+# goes to your Hub repo, where `02_train` with the same `hf_repo_id` finds it. The repo is made, or found, before the
+# training: a wrong name or a token that may not write is an error of the first seconds.
 
 
 # %% Upload
@@ -671,9 +682,8 @@ def upload_tokenizer(api, folder, repo_id):
 # Nothing below changes what is learned. Each cell is collapsed behind its title; `02_train` has all of them.
 #
 # A dataset is a list of parquet shards with one `text` column: FineWeb-Edu from the Hub, any dataset of the Hub, a
-# folder, or the embedded corpus, 12 MB of public-domain English. **The last shard is validation**, whatever
-# `num_shards` is, unless names say train, validation and test: a validation loss must not move when you train on more
-# data. A shard counts only when its SHA-256 is the Hub's. A damaged shard is refused by name, not skipped.
+# folder, or the embedded corpus. **The last shard validates**, whatever `num_shards` is, unless names say train,
+# validation and test: a validation loss must not move when you train on more data.
 
 # %% Hub cellView="form" tags=["shared"]
 # @title Hub
@@ -685,7 +695,7 @@ class MissingFileError(InputError):
 
 
 class RefusedError(InputError):
-    """The Hub answers 401 or 403: it asks for a token, or refuses the one that it got."""
+    """The Hub asks for a token, or refuses the one that it got: 401 or 403."""
 
 
 def hub_token():
@@ -753,7 +763,7 @@ def read_hub(what, call):
     """Returns call(HfApi) by ask_hub; where the Hub refuses the token, without it: public data need none."""
     from huggingface_hub import HfApi
 
-    token, source = hub_token()
+    token, source = ask_hub(what, hub_token)
     try:
         return ask_hub(what, lambda: call(HfApi(token=token or False)))  # False: the client looks for none itself
     except RefusedError as error:
@@ -762,7 +772,7 @@ def read_hub(what, call):
         try:
             found = ask_hub(what, lambda: call(HfApi(token=False)))
         except RefusedError:
-            raise InputError(f"{error}; the Hub refuses the token of {source}: renew or remove it") from error
+            raise InputError(f"{error}; the token is that of {source}") from error
         say_once("token", f"data    the Hub refuses the token of {source}; public data is read without it")
         return found
 
@@ -817,9 +827,8 @@ def on_hub(dataset):
 
 
 def embedded_folder():
-    """Returns data/embedded of the repository: beside this file, or in the working folder or one above it; else it is
-    fetched from GitHub."""
-    names = globals()  # of this file, as Python, VS Code and Jupyter have it
+    """Returns data/embedded: beside this file, in the working folder or one above, else fetched from GitHub."""
+    names = globals()  # of this file: Python, VS Code and Jupyter each have one
     here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
     for place in (Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents):
         if (place / "data" / "embedded" / "tokenizer" / "tokenizer.json").exists():
@@ -948,20 +957,6 @@ def read_documents(path, start=0):
         say_once("empty", f"data    {empty:,} of {row:,} documents of {Path(path).name} are empty: skipped")
 
 
-# %% Folder cellView="form"
-# @title Folder
-def make_folder(folder):
-    """Returns `folder`, made if it is not there. Raises InputError if nobody can write to it."""
-    folder = Path(os.path.expanduser(folder))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        words = f"cannot write to {folder}: {error.strerror}; choose another folder (run_dir, HOME)"
-        raise InputError(words) from error
-    return folder
-
-
 # %% Command line cellView="form" tags=["shared"]
 # @title Command line
 def parse_args(argv, config, epilog=""):
@@ -1017,25 +1012,16 @@ with one_line_errors():
     picture, api = make_folder(config.run_dir) / "tokenizer.png", open_repo(config.hf_repo_id)
 print(config)
 
-# %% Train and check it tags=["run"]
+# %% Train, check and keep it tags=["run"]
 with one_line_errors():
     tokenizer, folder, validation = train_on_shards(config)
     check_everything(tokenizer, validation)
-beside = validation.parent / "tokenizer"
-if beside.exists():
-    same = all((folder / file.name).read_bytes() == file.read_bytes() for file in beside.glob("tokenizer.*"))
-    print("byte for byte the tokenizer beside the shards" if same else "02 prefers the tokenizer beside the shards")
-
-# %% Keep it tags=["run"]
-with one_line_errors():
     if api:
         upload_tokenizer(api, folder, config.hf_repo_id)
 
-# %% Compare it tags=["run"]
+# %% Compare it, look at it tags=["run"]
 tokenizers, texts = {"tpuchat": tokenizer, **load_rivals()}, texts_to_compare(validation)
 show_compression(bytes_per_token(tokenizers, texts), tokenizers)
-
-# %% Look at it tags=["run"]
 show_merges(tokenizer)
 plot_lengths(tokenizer, texts["validation"], picture)
 print("picture:", picture)

@@ -2074,7 +2074,7 @@ class MissingFileError(InputError):
 
 
 class RefusedError(InputError):
-    """The Hub answers 401 or 403: it asks for a token, or refuses the one that it got."""
+    """The Hub asks for a token, or refuses the one that it got: 401 or 403."""
 
 
 def hub_token():
@@ -2142,7 +2142,7 @@ def read_hub(what, call):
     """Returns call(HfApi) by ask_hub; where the Hub refuses the token, without it: public data need none."""
     from huggingface_hub import HfApi
 
-    token, source = hub_token()
+    token, source = ask_hub(what, hub_token)
     try:
         return ask_hub(what, lambda: call(HfApi(token=token or False)))  # False: the client looks for none itself
     except RefusedError as error:
@@ -2151,7 +2151,7 @@ def read_hub(what, call):
         try:
             found = ask_hub(what, lambda: call(HfApi(token=False)))
         except RefusedError:
-            raise InputError(f"{error}; the Hub refuses the token of {source}: renew or remove it") from error
+            raise InputError(f"{error}; the token is that of {source}") from error
         say_once("token", f"data    the Hub refuses the token of {source}; public data is read without it")
         return found
 
@@ -2206,9 +2206,8 @@ def on_hub(dataset):
 
 
 def embedded_folder():
-    """Returns data/embedded of the repository: beside this file, or in the working folder or one above it; else it is
-    fetched from GitHub."""
-    names = globals()  # of this file, as Python, VS Code and Jupyter have it
+    """Returns data/embedded: beside this file, in the working folder or one above, else fetched from GitHub."""
+    names = globals()  # of this file: Python, VS Code and Jupyter each have one
     here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
     for place in (Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents):
         if (place / "data" / "embedded" / "tokenizer" / "tokenizer.json").exists():

@@ -304,7 +304,7 @@ answers["upload"] = message(lambda: nb.ask_hub("upload", lambda: nb.hub_api().li
     answers, printed = asked(env, code)
     assert answers["sha"] == [digest(hub.files[url(FINEWEB, f"shard_0{i}.parquet")]) for i in ("0000", "1822")]
     assert len(printed) == 1 and one_line(printed[0], "the Hub refuses the token of ", source)
-    assert one_line(answers["private"], "401", "me/private", "refuses the token of ", source)
+    assert one_line(answers["private"], "401", "me/private", "the token is that of ", source)
     assert one_line(answers["upload"], "cannot upload", "401") and hub.expired not in str(answers) + str(printed)
 
 

@@ -367,7 +367,7 @@ if IN_NOTEBOOK:
 # %% BPE by definition
 def bpe_by_definition(words, merges):
     """Returns the tokens, as bytes, in the order of their ids: the 256 bytes, then one for each merge."""
-    counts = collections.Counter(tuple(word.encode()) for word in words)  # of words, as tuples of token ids
+    counts = collections.Counter(word.encode().decode("latin-1") for word in words)  # a character stands for an id
     tokens = [bytes([b]) for b in range(256)]
     for _ in range(merges):
         pairs = collections.Counter()
@@ -375,17 +375,8 @@ def bpe_by_definition(words, merges):
             for pair in itertools.pairwise(word):
                 pairs[pair] += count
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # of equally frequent pairs, the one of older tokens
-        merged = {}
-        for word, count in counts.items():
-            new = []
-            for token in word:
-                if (*new[-1:], token) == best:
-                    new[-1] = len(tokens)
-                else:
-                    new.append(token)
-            merged[tuple(new)] = count
-        counts = merged
-        tokens.append(tokens[best[0]] + tokens[best[1]])
+        counts = {word.replace("".join(best), chr(len(tokens))): count for word, count in counts.items()}
+        tokens.append(tokens[ord(best[0])] + tokens[ord(best[1])])
     return tokens
 
 
@@ -594,10 +585,6 @@ def show_compression(rates, tokenizers):
         gains = {name: f" ({row[ours] / rate - 1:+7.1%})" if name != ours else "" for name, rate in row.items()}
         print(f"{kind:15}" + "".join(f"{f'{rate:.3f}{gains[name]}':>22}" for name, rate in row.items()))
 
-
-# %% Try it: compression tags=["run"]
-if IN_NOTEBOOK:
-    show_compression(bytes_per_token({"toy": toy}, {"its words": sentences, "others": [SPLIT_PATTERN]}), {"toy": toy})
 
 # %% [markdown]
 # ## What it learned

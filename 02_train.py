@@ -2042,22 +2042,21 @@ class RefusedError(InputError):
 
 
 def hub_token():
-    """Returns (token, where it is from): HF_TOKEN, else what `hf auth login` has left; the token may be None.
-
-    Raises InputError on whitespace in HF_TOKEN: the HTTP library would print the token."""
-    from huggingface_hub import constants, get_token
+    """Returns HF_TOKEN, else the token that `hf auth login` has left, else None. Raises InputError on whitespace in
+    HF_TOKEN: the HTTP library would print the token."""
+    from huggingface_hub import get_token
 
     token = get_secret("HF_TOKEN")
     if token and not re.fullmatch("[!-~]+", token):
         raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
-    return (token, "HF_TOKEN") if token else (get_token(), constants.HF_TOKEN_PATH)
+    return token or get_token()
 
 
 def hub_api():
     """Returns huggingface_hub's HfApi with the user's token."""
     from huggingface_hub import HfApi
 
-    return HfApi(token=hub_token()[0])
+    return HfApi(token=hub_token())
 
 
 def cannot_pass(error):
@@ -2104,11 +2103,12 @@ def ask_hub(what, call):
 
 def read_hub(what, call):
     """Returns call(HfApi) by ask_hub; where the Hub refuses the token, without it: public data need none."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    token, source = ask_hub(what, hub_token)
+    token = ask_hub(what, hub_token) or False  # False: the client looks for none itself
+    source = "HF_TOKEN" if get_secret("HF_TOKEN") else constants.HF_TOKEN_PATH
     try:
-        return ask_hub(what, lambda: call(HfApi(token=token or False)))  # False: the client looks for none itself
+        return ask_hub(what, lambda: call(HfApi(token=token)))
     except RefusedError as error:
         if not token:
             raise

@@ -157,24 +157,23 @@ def test_bpe_by_definition_learns_the_tokens_of_rustbpe(nb01):
 
 
 def test_the_reference_needs_all_of_its_shards_or_a_hub(nb01, monkeypatch, capsys):
-    def refused(*args, **kwargs):
-        raise ConnectionError("nobody there")
+    """A refusal is an answer of the Hub; so is an error that cannot pass: the download explains both."""
+    error, here = ConnectionError("nobody there"), set()
 
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refused)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *file, repo_type: None)
-    assert nb01.Config.for_network() == nb01.Config.demo() and "does not answer" in capsys.readouterr().out
-    here = {"shard_01822.parquet", *(f"shard_{i:05d}.parquet" for i in range(8))}
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
     found = lambda repo, name, repo_type: name if name in here else None  # noqa: E731
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    assert nb01.Config.for_network() == nb01.Config.demo() and "does not answer" in capsys.readouterr().out
+    here |= {"shard_01822.parquet", *(f"shard_{i:05d}.parquet" for i in range(8))}
     assert nb01.Config.for_network() == nb01.Config() and not capsys.readouterr().out
     here.remove("shard_01822.parquet")
     assert nb01.Config.for_network() == nb01.Config.demo()
-
-
-def test_a_refusal_of_the_hub_is_an_answer(nb01, monkeypatch):
-    error = ConnectionError("429: too many requests")
     error.response = types.SimpleNamespace(status_code=429)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    assert nb01.Config.for_network() == nb01.Config()
+    error = ImportError("socksio")
     assert nb01.Config.for_network() == nb01.Config()
 
 

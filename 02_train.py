@@ -2230,7 +2230,8 @@ def list_shards(config):
     """Returns ([a function that returns the path of a training shard, …], the same for the validation shard)."""
     if on_hub(config.dataset):
         with contextlib.suppress(Exception):  # the first request raises it
-            hub_token()  # here, in the main thread: shards are fetched in others
+            # In the main thread, with the tab still open: shards are fetched in other threads, wandb is opened later.
+            get_secret("WANDB_API_KEY"), hub_token()
         repo_id, prefix, names = hub_files(config.dataset)
     else:
         folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset).expanduser()

@@ -257,7 +257,7 @@ answers["asked"] = asked
 """
     answers, _ = asked(hub.environment(tmp_path), code)
     assert answers["got"] == ["shard_00000.parquet", "shard_01822.parquet"]
-    assert answers["asked"] == [["HF_TOKEN", True]]
+    assert answers["asked"] == [["WANDB_API_KEY", True], ["HF_TOKEN", True]]
 
 
 @pytest.mark.parametrize("source", ["HF_TOKEN", "hf/token"])

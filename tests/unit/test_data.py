@@ -88,21 +88,20 @@ def test_splits_of_a_folder(nb, tmp_path, monkeypatch, capsys):
     assert validation() == validation.args[-1] and capsys.readouterr().out.strip() == words
 
 
-@pytest.mark.parametrize("where", ["beside", "here", "above"])
-def test_the_embedded_corpus_is_found_from_another_folder(nb, tmp_path, monkeypatch, where):
+def test_the_embedded_corpus_is_found_from_another_folder(nb, tmp_path, monkeypatch):
     """Also by a kernel that does not run in the folder of its notebook; else GitHub is asked for it."""
-    notebook, here = tmp_path / "notebooks" / "02_train.ipynb", tmp_path / "work" / "deep"
-    here.mkdir(parents=True)
-    monkeypatch.chdir(here)
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "deep")
     monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(nb.urllib.request, "urlretrieve", lambda *args: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.delitem(nb.__dict__, "__file__")
-    monkeypatch.setenv("JPY_SESSION_NAME", str(notebook))
+    monkeypatch.setenv("JPY_SESSION_NAME", str(tmp_path / "notebooks" / "02_train.ipynb"))
     with pytest.raises(nb.InputError, match="no network; start in a clone of https://github.com/.*, or set dataset"):
         nb.embedded_folder()
-    place = {"beside": notebook.parent, "here": here, "above": tmp_path}[where]
-    shutil.copytree(EMBEDDED, place / "data" / "embedded")
-    assert nb.embedded_folder() == place / "data" / "embedded"
+    for place in ("", "work/deep", "notebooks"):  # above, here, beside the notebook: the later comes before
+        folder = tmp_path / place / "data" / "embedded"
+        shutil.copytree(EMBEDDED, folder)
+        assert nb.embedded_folder() == folder
 
 
 def damage_a_page(path):
@@ -137,13 +136,6 @@ def test_a_bad_shard_is_refused_by_name(nb, tmp_path, make, words):
     assert str(error.value).startswith(f"{path}: ") and one_line(str(error.value), *words)
 
 
-@pytest.mark.parametrize("start", [0, 4, 5, 11, 12, 99])
-def test_read_documents_from_a_row(nb, tmp_path, start):
-    texts = documents(4, 12)
-    path = write_shard(tmp_path / "a.parquet", texts)
-    assert list(nb.read_documents(path, start)) == list(enumerate(texts))[start:]
-
-
 STRINGS = {
     "large_string": lambda texts: pa.array(texts, pa.large_string()),
     "string_view, as polars writes": lambda texts: pa.array(texts, pa.string_view()),
@@ -153,12 +145,14 @@ STRINGS = {
 
 
 @pytest.mark.parametrize("make", STRINGS.values(), ids=STRINGS)
-def test_strings_of_other_tools_and_other_columns(nb, tmp_path, make):
+def test_strings_of_other_tools_from_any_row(nb, tmp_path, make):
     """Nested columns stand to the left of the text."""
     texts = documents(4, 12)
     nested = pa.array([{"a": None, "text": ""}] * len(texts), pa.struct([("a", pa.int64()), ("text", pa.string())]))
     pq.write_table(pa.table({"meta": nested, "text": make(texts)}), tmp_path / "a.parquet", row_group_size=5)
-    assert list(nb.read_documents(nb.check_shard(tmp_path / "a.parquet"), 3)) == list(enumerate(texts))[3:]
+    for start in (0, 4, 5, 11, 12, 99):
+        found = nb.read_documents(nb.check_shard(tmp_path / "a.parquet"), start)
+        assert list(found) == list(enumerate(texts))[start:]
 
 
 def test_empty_texts_are_left_out_and_counted_once(nb, tokenizer, tmp_path, capsys):

@@ -7,7 +7,6 @@ import hashlib
 import io
 import math
 import random
-import signal
 import socket
 import threading
 from typing import NamedTuple
@@ -184,58 +183,34 @@ def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, how):
 started = time.monotonic()
 answers["there"] = [sha(first()), sha(validation())]
 answers["seconds"] = time.monotonic() - started
-(_, second), _ = nb.list_shards(config.replace(num_shards=2))
 if os.environ.get("HF_HUB_OFFLINE"):  # without a network the client would wait
-    answers["not there"] = message(second)
+    answers["not there"] = message(lambda: nb.hub_shard("me/none", "a.parquet"))
 """
     env |= {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {"HF_ENDPOINT": closed_port()}
     answers, printed = asked(env, code)
     assert answers["there"] == [digest(hub.files[url(FINEWEB, f"shard_0{i}.parquet")]) for i in ("0000", "1822")]
     assert answers["seconds"] < 10 and len(hub.requests) == seen and not printed
-    assert how == "no network" or one_line(answers["not there"], "cannot download shard_00001.parquet")
-
-
-def test_a_killed_download_leaves_nothing_that_is_taken_for_a_shard(hub, tmp_path):
-    data = hub.files[url(FINEWEB)] = parquet(2, size=13 * MB)
-    hub.faults[url(FINEWEB)] = [Fault(cut=12 * MB, wait=threading.Event())]
-    process = started_code(FIRST + "first()", hub.environment(tmp_path))
-    blobs = tmp_path / "hf" / "hub" / f"datasets--{FINEWEB.replace('/', '--')}" / "blobs"
-    until(lambda: any(path.stat().st_size for path in blobs.glob("*")), process)  # some of it is on the disk
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    code = "answers['sha'], answers['left'] = sha(first()), wrong_files()"
-    answers, _ = asked(hub.environment(tmp_path), code)
-    assert answers == {"sha": digest(data), "left": []}
+    assert how == "no network" or one_line(answers["not there"], "cannot download a.parquet")
 
 
 def test_a_full_disk(hub, tmp_path):
-    """One line; and when there is room, the same call goes well. A limit on the size of files stands for the disk."""
-    data = hub.files[url(FINEWEB)] = parquet(3, size=3 * MB)
+    """One line, after one attempt; and when there is room, the same call goes well."""
     code = """
-import errno, resource, signal
+import errno
 from huggingface_hub import file_download
 
-def on_a_full_disk(*args, get=file_download.http_get, **options):
-    try:
-        get(*args, **options)
-    except OSError as error:
-        assert error.errno == errno.EFBIG
-        raise OSError(errno.ENOSPC, "No space left on device") from error
+def on_a_full_disk(link, file, **options):
+    file.write(b"the first of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-file_download.http_get = on_a_full_disk
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-before = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-answers["said"], answers["left"] = message(first), wrong_files()
-resource.setrlimit(resource.RLIMIT_FSIZE, before)
+get, file_download.http_get = file_download.http_get, on_a_full_disk
+answers["said"], answers["left"], file_download.http_get = message(first), wrong_files(), get
 answers["sha"] = sha(first())
 """
     answers, _ = asked(hub.environment(tmp_path), code)
-    assert one_line(
-        answers["said"], "cannot download shard_00000.parquet", "No space left", "make room, or set HF_HOME"
-    )
-    assert answers["left"] == [] and answers["sha"] == digest(data)
-    assert hub.requests.count(("GET", url(FINEWEB))) == 2  # a full disk is no reason to try again
+    words = "cannot download shard_00000.parquet", "No space left", "make room, or set HF_HOME"
+    assert one_line(answers["said"], *words) and hub.requests.count(("HEAD", url(FINEWEB))) == 2
+    assert answers["left"] == [] and answers["sha"] == digest(hub.files[url(FINEWEB)])
 
 
 def test_secrets_are_read_in_the_main_thread_once(hub, tmp_path):

@@ -112,7 +112,8 @@ GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub looks for ipywidgets
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
-if os.path.expanduser("~") == "~":  # a container may run a user that has no home folder
+# A container may run a user without a home folder; Docker then says that it is /.
+if (home := os.path.expanduser("~")) == "~" or (home == "/" and not os.access("/", os.W_OK)):
     os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
 SAID = set()
 
@@ -471,8 +472,9 @@ def train_on_shards(config):
     folder = make_folder(tokenizer_folder(config, first))
     paths = itertools.islice(fetch_ahead([*shards, validation]), len(shards))  # the last is fetched, and not read
     texts = (text for path in paths for _, text in read_documents(path))
-    about = pq.read_metadata(first).num_rows * len(shards)
-    with progress_bar(texts, "reading, then merging", about, unit=" docs") as bar:
+    local = [first] if on_hub(config.dataset) else [shard() for shard in shards]  # they give the length of the bar
+    documents = sum(pq.read_metadata(path).num_rows for path in local) * len(shards) // len(local)
+    with progress_bar(texts, "reading, then merging", documents, unit=" docs") as bar:
         tokenizer = train_tokenizer(bar, config.vocab_size, config.max_chars, config.doc_chars)
     save_tokenizer(tokenizer, folder)
     print(f"{tokenizer.n_vocab:,} tokens from {len(shards)} shards in {time.perf_counter() - started:,.1f} s")

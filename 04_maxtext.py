@@ -131,7 +131,8 @@ GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub looks for ipywidgets
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
-if os.path.expanduser("~") == "~":  # a container may run a user that has no home folder
+# A container may run a user without a home folder; Docker then says that it is /.
+if (home := os.path.expanduser("~")) == "~" or (home == "/" and not os.access("/", os.W_OK)):
     os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
 SAID = set()
 

@@ -2434,9 +2434,12 @@ def read_documents(path, start=0):
     Raises InputError for a damaged row group, and if all texts of the shard are empty."""
     shard, row, empty = pq.ParquetFile(path), 0, 0
     for group in range(shard.num_row_groups):
-        stop = row + shard.metadata.row_group(group).num_rows
-        try:  # in batches: a row group may hold more than the 2 GiB of an Arrow array
-            for batch in shard.iter_batches(100, [group], ["text"]) if stop > start else ():
+        found = shard.metadata.row_group(group)
+        stop = row + found.num_rows
+        # In batches of 16 MiB: a row group may hold more than the 2 GiB of an Arrow array.
+        size = min(4096, 1 + found.num_rows * 2**24 // max(1, found.total_byte_size))
+        try:
+            for batch in shard.iter_batches(size, [group], ["text"]) if stop > start else ():
                 texts = batch.column("text").to_pylist()
                 for i, text in enumerate(texts, row):
                     if text and i >= start:

@@ -286,7 +286,9 @@ class Config:
 #
 # BPE ([Sennrich et al. 2016](https://arxiv.org/abs/1508.07909)) cuts the text into words, counts the pairs of
 # neighbouring tokens within words, makes the most frequent pair a new token, and counts again. The first 256 tokens are
-# the bytes, so any text can be written. Encoding repeats the merges in the order in which they were learned.
+# the bytes, so any text can be written. Encoding repeats the merges in the order in which they were learned. The
+# definition below counts all pairs again for each merge; [rustbpe](https://github.com/karpathy/rustbpe) updates the
+# counts that a merge changes, and learns the same tokens.
 #
 # No merge crosses the border of a word. The split pattern decides where words end: it keeps "dog", "dog." and "dog!"
 # from becoming three tokens, and long numbers from becoming thousands. The nine special tokens never come out of text:
@@ -379,11 +381,6 @@ def bpe_by_definition(words, merges):
         counts = {word.replace("".join(best), chr(len(tokens))): count for word, count in counts.items()}
         tokens.append(tokens[ord(best[0])] + tokens[ord(best[1])])
     return tokens
-
-
-# %% [markdown]
-# The definition counts all pairs again for each merge. [rustbpe](https://github.com/karpathy/rustbpe) updates the
-# counts of the pairs that a merge changes, and learns the same tokens.
 
 
 # %% Train a tokenizer cellView="form" tags=["shared"]
@@ -543,19 +540,16 @@ if IN_NOTEBOOK:
 # more text. Losses per token cannot be compared between tokenizers, bits per byte can. The rivals are GPT-2's tokenizer
 # (50,257 tokens) and GPT-4's (100,277), if tiktoken can fetch them.
 #
-# A vocabulary is good at what it has seen. Ours was trained on two billion characters of kernel documentation and a
-# dictionary. A token of such text took 46% more bytes than GPT-2's and 4% more than GPT-4's, of other English and code
-# 8 to 19% fewer than GPT-4's (measured, LOG.md). Numbers cost more by design: two digits a token, where GPT-4's
-# tokenizer takes three.
+# A vocabulary is good at what it has seen. One trained on kernel documentation took 46% more bytes of it a token than
+# GPT-2's and 4% more than GPT-4's; of other English, code and maths 8 to 19% fewer than GPT-4's (measured, LOG.md).
+# Numbers cost more by design: two digits a token, where GPT-4's tokenizer takes three.
+
 
 # %% Compression
-RIVALS = {"GPT-2": "r50k_base", "GPT-4": "cl100k_base"}  # r50k_base is GPT-2's, in one file instead of two
-
-
 def load_rivals(seconds=30):
     """Returns {name: tiktoken.Encoding} of those that tiktoken can fetch; left alone, tiktoken would wait for ever."""
     rivals = {}
-    for name, encoding in RIVALS.items():
+    for name, encoding in {"GPT-2": "r50k_base", "GPT-4": "cl100k_base"}.items():
         try:
             rivals[name] = in_background(functools.partial(tiktoken.get_encoding, encoding)).result(seconds)
         except Exception as error:

@@ -72,7 +72,7 @@ def install(*packages):
         # pip refuses versions such as Debian's own 2.22.1ubuntu1.
         if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
             pins.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first in the path is the one in use
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as constraints:
         constraints.write("".join(f"{name}=={version}\n" for name, version in pins.items()))
         constraints.flush()
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
@@ -103,8 +103,6 @@ import functools
 import hashlib
 import html
 import importlib.machinery
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -112,14 +110,10 @@ import netrc
 import os
 import platform
 import queue
-import re
 import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 import types
@@ -138,6 +132,10 @@ GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
 warnings.filterwarnings("ignore", "IProgress not found")  # huggingface_hub looks for ipywidgets
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shards arrive beside the training, whose bar they break
+# A container may run a user without a home folder; Docker then says that it is /.
+if (home := os.path.expanduser("~")) == "~" or (home == "/" and not os.access("/", os.W_OK)):
+    os.environ["HOME"] = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
+SAID = set()
 
 
 class InputError(ValueError):
@@ -145,8 +143,10 @@ class InputError(ValueError):
     to do. A script prints it to stderr and exits with status 2."""
 
 
+@functools.cache
 def get_secret(name):
-    """Returns a secret, or None: from Colab's secrets panel, else from the environment."""
+    """Returns a secret, or None: from Colab's secrets panel, else from the environment. It is read once, at the start,
+    in the main thread: Colab asks the browser, and a background thread would wait for a closed tab without an end."""
     try:
         from google.colab import userdata
 
@@ -187,6 +187,14 @@ def progress_bar(*args, **options):
 def cache_dir():
     """Returns ~/.cache/tpuchat: tokenizers, downloads, compiled programs."""
     return Path.home() / ".cache" / "tpuchat"
+
+
+def say_once(kind, line):
+    """Prints a line, above a progress bar, unless one of its kind was printed before."""
+    if kind not in SAID:
+        SAID.add(kind)
+        with contextlib.suppress(OSError, ValueError):  # a thread that reads data goes on without stdout
+            tqdm.write(line)
 
 
 def first_line(error):
@@ -2060,8 +2068,9 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
 
 def tokenizer_folder(config, first_shard):
     """Returns the folder, on this machine, of the tokenizer that 01_tokenizer.py trains for config.dataset."""
-    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).resolve().parent)
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]  # two folders may have the same name
+    # The folder is resolved, not the file: shards may be links into a store that data sets share.
+    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).parent.resolve())
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # two folders may have the same name
     return cache_dir() / "tokenizers" / f"{Path(source).name[:40]}-{digest}-{config.vocab_size}"
 
 
@@ -2087,7 +2096,8 @@ def find_tokenizer(config, first_shard):
         try:
             save_tokenizer(tokenizer, trained)
         except OSError as error:
-            raise InputError(f"cannot keep the tokenizer in {trained}: {error}; set HOME to another folder") from error
+            hint = "make room, or set the environment variable HOME to a folder that you may write to"
+            raise InputError(f"cannot keep the tokenizer in {trained}: {error}; {hint}") from error
     tokenizer = load_tokenizer(folder or trained)
     rule = f"the tokenizer of {config.dataset} has {tokenizer.n_vocab} tokens; set vocab_size to at least that"
     require(tokenizer.n_vocab <= config.vocab_size, "vocab_size", config.vocab_size, rule)
@@ -2103,12 +2113,19 @@ class MissingFileError(InputError):
     """A repository of the Hub exists, and has no such file."""
 
 
+class RefusedError(InputError):
+    """The Hub asks for a token, or refuses the one that it got: 401 or 403."""
+
+
 def hub_token():
-    """Returns HF_TOKEN or None. Raises InputError on whitespace: the HTTP library would print the token."""
+    """Returns HF_TOKEN, else the token that `hf auth login` has left, else None. Raises InputError on whitespace in
+    HF_TOKEN: the HTTP library would print the token."""
+    from huggingface_hub import get_token
+
     token = get_secret("HF_TOKEN")
     if token and not re.fullmatch("[!-~]+", token):
         raise InputError("HF_TOKEN: holds a space, a line end or another character that no token has; copy it again")
-    return token
+    return token or get_token()
 
 
 def hub_api():
@@ -2118,39 +2135,65 @@ def hub_api():
     return HfApi(token=hub_token())
 
 
+def cannot_pass(error):
+    """Whether a further attempt would fail alike: a package is missing, as for a SOCKS proxy, or a value is wrong."""
+    lasting = isinstance(error, ImportError | TypeError | ValueError) and not isinstance(error, json.JSONDecodeError)
+    return lasting or type(error).__name__ in ("InvalidURL", "UnsupportedProtocol")
+
+
 def ask_hub(what, call):
     """Returns call(), tried again after a failure that may pass: no connection, or a server error.
 
-    Raises InputError with the first line of huggingface_hub's own error and one hint; MissingFileError on a 404.
+    Raises InputError with the first line of huggingface_hub's own error and one hint: RefusedError on 401 and 403,
+    MissingFileError if a repository lacks the file.
     """
     from huggingface_hub import errors
 
     for pause in (1, 2, 4, 8, 0):  # seconds before the next attempt
         try:
             return call()
+        except InputError:
+            raise
         except Exception as error:  # huggingface_hub raises its own, those of its HTTP library, and OSError
-            if isinstance(error, InputError):
-                raise
-            cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+            # Its client has tried several times before it wraps an error so.
+            wrapped = isinstance(error, errors.LocalEntryNotFoundError) or type(error) is ValueError
+            cause = error.__cause__ if wrapped and error.__cause__ else error
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             disk = getattr(cause, "errno", 0) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
             refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
-            tried = cause is not error  # by its client, several times, before it raised this
-            if pause and not (refused or disk or tried):
+            if pause and cause is error and not (refused or disk or cannot_pass(cause)):
                 time.sleep(pause)
                 continue
-            missing = status == 404 and isinstance(cause, errors.EntryNotFoundError)
-            hint = "make room, or set HF_HOME" if disk else "check the network, or use dataset='embedded'"
-            hint = "check the name, and that HF_TOKEN may read (for an upload: write) it" if refused else hint
-            hint = "wait, or set HF_TOKEN: accounts have higher limits" if status == 429 else hint
-            words = f"the Hugging Face Hub: cannot {what}: {first_line(cause)}; {hint}"
-            raise (MissingFileError if missing else InputError)(words) from error
+            hints = {
+                "make room, or set HF_HOME": disk,
+                "wait, or set HF_TOKEN: accounts have higher limits": status == 429,
+                "check the name, and that HF_TOKEN may read (for an upload: write) it": refused,
+                "pip install 'httpx[socks]' for a SOCKS proxy, or unset ALL_PROXY, HF_ENDPOINT": cannot_pass(cause),
+                "check the network, or use dataset='embedded'": True,
+            }
+            hint = next(hint for hint, fits in hints.items() if fits)
+            kind = RefusedError if status in (401, 403) else InputError
+            kind = MissingFileError if status == 404 and isinstance(cause, errors.EntryNotFoundError) else kind
+            raise kind(f"the Hugging Face Hub: cannot {what}: {first_line(cause)}; {hint}") from error
 
 
-def is_intact(path):
-    """Whether a file of huggingface_hub's cache has the SHA-256 that names it; small files have none, and count."""
-    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
-    return len(digest) != 64 or file_sha256(path) == digest
+def read_hub(what, call):
+    """Returns call(HfApi) by ask_hub; where the Hub refuses the token, without it: public data need none."""
+    from huggingface_hub import HfApi, constants
+
+    token = ask_hub(what, hub_token) or False  # False: the client looks for none itself
+    source = "HF_TOKEN" if get_secret("HF_TOKEN") else constants.HF_TOKEN_PATH
+    try:
+        return ask_hub(what, lambda: call(HfApi(token=token)))
+    except RefusedError as error:
+        if not token:
+            raise
+        try:
+            found = ask_hub(what, lambda: call(HfApi(token=False)))
+        except RefusedError:
+            raise InputError(f"{error}; the token is that of {source}") from error
+        say_once("token", f"data    the Hub refuses the token of {source}; public data is read without it")
+        return found
 
 
 def file_sha256(path):
@@ -2159,57 +2202,27 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_intact(path):
+    """Whether a file of huggingface_hub's cache has the SHA-256 that names it; small files have none, and count."""
+    digest = Path(os.readlink(path)).name if path.is_symlink() else ""
+    return len(digest) != 64 or file_sha256(path) == digest
+
+
 def hub_download(repo_id, filename, repo_type="dataset"):
     """Returns the local path of a file of the Hub, downloaded if it is absent, and fetched anew if it is damaged."""
+    damaged = []
 
-    def download():
-        path = Path(hub_api().hf_hub_download(repo_id, filename, repo_type=repo_type))
-        if not is_intact(path):
-            path.resolve().unlink()
-            path.unlink()
-            raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
-        return path
+    def download(api):
+        # Forced, the client also replaces a file in the store that repositories share.
+        path = Path(api.hf_hub_download(repo_id, filename, repo_type=repo_type, force_download=bool(damaged)))
+        if is_intact(path):
+            return path
+        damaged.append(path)
+        path.resolve().unlink()
+        path.unlink()
+        raise ConnectionError("the SHA-256 of the file that arrived is not the Hub's")
 
-    return ask_hub(f"download {filename} of {repo_id}", download)
-
-
-# %% Shards cellView="form" tags=["shared"]
-# @title Shards
-def on_hub(dataset):
-    """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
-    return dataset in HUB_SHARDS or not (dataset == "embedded" or (dataset and Path(dataset).is_dir()))
-
-
-def embedded_folder():
-    """Returns data/embedded of the repository: beside this file, else fetched from GitHub (a notebook in Colab)."""
-    here = Path(globals().get("__file__", "notebook")).resolve().parent / "data" / "embedded"
-    if here.exists():
-        return here
-    folder = cache_dir() / "embedded"
-    names = [f"shard_{i:05d}.parquet" for i in range(5)]
-    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
-        if not (folder / name).exists():
-            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
-            try:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                urllib.request.urlretrieve(url, folder / f"{name}.part")
-            except OSError as error:
-                raise InputError(f"cannot get the embedded corpus from {url}: {error}; clone the repository") from error
-            os.replace(folder / f"{name}.part", folder / name)
-    return folder
-
-
-def hub_shards(dataset):
-    """Returns (repo, names of its parquet files) of a Hub dataset: 'owner/name', or 'owner/name/folder'."""
-    if dataset in HUB_SHARDS:
-        return dataset, [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
-    rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
-    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
-    repo_id, folder = "/".join(dataset.split("/")[:2]), "/".join(dataset.split("/")[2:])
-    names = ask_hub(f"list {repo_id}", lambda: hub_api().list_repo_files(repo_id, repo_type="dataset"))
-    return repo_id, sorted(
-        name for name in names if f"/{name}".startswith(f"/{folder}/".replace("//", "/")) and name.endswith(".parquet")
-    )
+    return read_hub(f"download {filename} of {repo_id}", download)
 
 
 def hub_shard(repo_id, filename):
@@ -2221,17 +2234,99 @@ def hub_shard(repo_id, filename):
     return check_shard(Path(cached) if here else hub_download(repo_id, filename))
 
 
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
+# As the Hub reads names: no letter stands before or after such a word.
+SPLIT_WORD = re.compile(r"(?<![^\W\d_])(train|val|dev|test|eval)(ing|id|idation|uation)?(?![^\W\d_])", re.I)
+
+
+def on_hub(dataset):
+    """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or os.path.isdir(os.path.expanduser(dataset)))
+
+
+def embedded_folder():
+    """Returns data/embedded: beside this file, in the working folder or one above, else fetched from GitHub."""
+    names = globals()  # of this file: Python, VS Code and Jupyter each have one
+    here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
+    for place in (Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents):
+        if (place / "data" / "embedded" / "tokenizer" / "tokenizer.json").exists():
+            return place / "data" / "embedded"
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(5)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                urllib.request.urlretrieve(url, folder / f"{name}.part")
+            except OSError as error:
+                hint = f"start in a clone of https://github.com/{GITHUB}, or set dataset to your own folder"
+                raise InputError(f"cannot get the embedded corpus from {url}: {error}; {hint}") from error
+            os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def hub_files(dataset):
+    """Returns (repo, folder in it, names of the files in the folder) of a Hub dataset: 'owner/name[/folder]'."""
+    if dataset in HUB_SHARDS:
+        return dataset, "", [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+    rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
+    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
+    owner, name, *folders = dataset.strip("/").split("/")
+    repo_id, prefix = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
+    names = read_hub(f"list {repo_id}", lambda api: api.list_repo_files(repo_id, repo_type="dataset"))
+    return repo_id, prefix, [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def split_shards(dataset, names):
+    """Returns (names of the training shards, name of the validation shard): what names say, else the last validates.
+
+    The word nearest to the end of a path decides. Test shards are never trained on; one validates if none is named so.
+    Raises InputError if there are too few, or if several folders hold a data set each.
+    """
+    splits, folders = collections.defaultdict(list), {}
+    for *above, name in (name.split("/") for name in sorted(names)):
+        words = [word[1].lower() for part in (name, *above[::-1]) if (word := SPLIT_WORD.search(part))]
+        splits[words[0] if words else ""].append("/".join([*above, name]))
+        root = list(itertools.takewhile(lambda part: not SPLIT_WORD.fullmatch(part), above)) or above
+        folders["/".join([dataset, *root])] = SPLIT_WORD.sub("", "/".join(above)).strip("-_./ ")
+    one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted({*folders.values()})))
+    found = ", ".join([*folders][:8]) + ", …" * (len(folders) > 8)
+    require(one, "dataset", dataset, f"has several data sets; name one of them: {found}")
+    shards = splits["train"] or splits[""]
+    held_out = next((splits[word] for word in ("val", "dev", "test", "eval") if splits[word]), [])
+    train, validation = (shards, held_out[-1:]) if held_out else (shards[:-1], shards[-1:])
+    rule = f"has {len(shards)} parquet shards for training; it takes at least two, or one and a validation shard"
+    require(train and validation, "dataset", dataset, rule)
+    return train, validation[0]
+
+
 def list_shards(config):
-    """Returns ([a function that returns the path of a training shard, …], the same for the last shard, validation)."""
+    """Returns ([a function that returns the path of a training shard, …], the same for the validation shard)."""
     if on_hub(config.dataset):
-        repo_id, names = hub_shards(config.dataset)
-        shards = [functools.partial(hub_shard, repo_id, name) for name in names]
+        with contextlib.suppress(Exception):  # the first request raises it
+            # In the main thread, with the tab still open: shards are fetched in other threads, wandb is opened later.
+            get_secret("WANDB_API_KEY"), hub_token()
+        repo_id, prefix, names = hub_files(config.dataset)
     else:
-        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset)
-        shards = [functools.partial(check_shard, path) for path in sorted(folder.glob("*.parquet"))]
-    rule = f"has {len(shards)} parquet shards; it takes at least two, the last one for validation"
-    require(len(shards) >= 2, "dataset", config.dataset, rule)
-    return shards[:-1][: None if config.num_shards == -1 else config.num_shards], shards[-1]
+        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset).expanduser()
+        found = list(folder.glob("[!._]*.parquet")) or folder.rglob("*.parquet")
+        names = [path.relative_to(folder).as_posix() for path in found]
+    visible = [name for name in names if name.endswith(".parquet") and not re.search(r"(^|/)[._]", name)]
+    train, validation = split_shards(config.dataset, visible)
+
+    def shard(name):
+        if on_hub(config.dataset):
+            return functools.partial(hub_shard, repo_id, prefix + name)
+        return functools.partial(check_shard, folder / name)
+
+    return [shard(name) for name in train][: None if config.num_shards == -1 else config.num_shards], shard(validation)
+
+
+def describe_data(shards, validation):
+    """Prints how many shards train, and which one validates, of what list_shards returns."""
+    print(f"data    {len(shards):,} training shards; validation: {validation.args[-1]}", flush=True)
 
 
 # %% Read documents cellView="form" tags=["shared"]
@@ -2240,37 +2335,49 @@ DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow
 
 
 def check_shard(path):
-    """Returns `path`. Raises InputError unless it is a parquet file with rows and a `text` column; reads its footer."""
+    """Returns `path`. Raises InputError unless it is a parquet file with rows and a `text` column; reads its footer.
+
+    The column's type in parquet counts, a string, not what Arrow makes of it: string_view, a pandas category, …"""
     try:
         shard = pq.ParquetFile(path)
     except DAMAGED_PARQUET as error:
-        words = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as parquet ({words}); get it again") from error
-    columns = dict(zip(shard.schema_arrow.names, shard.schema_arrow.types, strict=True))
-    kind = columns.get("text", pa.null())
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)) or shard.metadata.num_rows == 0:
-        found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)}); get it again") from error
+    columns = {column.path: column for column in map(shard.schema.column, range(len(shard.schema)))}
+    if "text" not in columns or columns["text"].logical_type.type != "STRING" or shard.metadata.num_rows == 0:
+        found = ", ".join(f"{name} ({kind})" for name, kind in zip(shard.schema_arrow.names, shard.schema_arrow.types))
         rule = f"must have rows and a `text` column of strings; has {shard.metadata.num_rows} rows of {found}"
         raise InputError(f"{path}: {rule}")
     return path
 
 
 def read_documents(path, start=0):
-    """Yields (row, text) from row `start` on, with one row group in memory. Raises InputError for an empty text."""
-    shard, row = pq.ParquetFile(path), 0
+    """Yields (row, text) from row `start` on; a row group, compressed, is in memory. Leaves empty and null texts out.
+
+    Raises InputError for a damaged row group, and if all texts of the shard are empty."""
+    shard, row, empty = pq.ParquetFile(path), 0, 0
     for group in range(shard.num_row_groups):
-        rows = shard.metadata.row_group(group).num_rows
-        if row + rows > start:
-            try:
-                texts = shard.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            except DAMAGED_PARQUET as error:
-                words = str(error).splitlines()[0]
-                raise InputError(f"{path}: row group {group} is damaged ({words}); delete it, get it again") from error
-            for i in range(max(0, start - row), rows):
-                if i >= len(texts) or not texts[i]:
-                    raise InputError(f"{path}: the text of row {row + i} is missing, null or empty; drop such rows")
-                yield row + i, texts[i]
-        row += rows
+        found = shard.metadata.row_group(group)
+        stop = row + found.num_rows
+        # In batches of 16 MiB: a row group may hold more than the 2 GiB of an Arrow array.
+        size = min(4096, 1 + found.num_rows * 2**24 // max(1, found.total_byte_size))
+        try:
+            for batch in shard.iter_batches(size, [group], ["text"]) if stop > start else ():
+                texts = batch.column("text").to_pylist()
+                for i, text in enumerate(texts, row):
+                    if text and i >= start:
+                        yield i, text
+                    empty += not text
+                row += len(texts)
+            if start < stop != row:
+                raise OSError(f"it ends with row {row}")
+        except DAMAGED_PARQUET as error:
+            words = first_line(error)
+            raise InputError(f"{path}: row group {group} is damaged ({words}); delete it, get it again") from error
+        row = stop
+    if empty == row:
+        raise InputError(f"{path}: the text of each of its {row:,} rows is empty; leave this shard out")
+    if empty:
+        say_once("empty", f"data    {empty:,} of {row:,} documents of {Path(path).name} are empty: skipped")
 
 
 # %% Several hosts cellView="form" tags=["shared"]

@@ -48,14 +48,14 @@ def compiled(name, arguments, folder):
     """Returns (Compiled, kernels) of a row, from `folder` if they are there."""
     path = folder and Path(folder, f"{name}.json")
     if path and path.exists():
-        program, kernels = json.loads(path.read_text())
+        program, kernels = json.loads(path.read_text(encoding="utf-8"))
         return preflight.Compiled(*program), {(kernel, window): seconds for kernel, window, seconds in kernels}
     step, leaves, donated, _ = reference_step(**arguments)
     program = preflight.compile_for("v6e", step, leaves, donated)
     kernels = their_kernels("v6e", **arguments)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([program, [(*key, seconds) for key, seconds in kernels.items()]]))
+        path.write_text(json.dumps([program, [(*key, seconds) for key, seconds in kernels.items()]]), encoding="utf-8")
     return program, kernels
 
 

@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name == "test_tpu_compile.py")
 
 
+@pytest.fixture(autouse=True)
+def unread_secrets():
+    """A notebook reads a secret once in a process; each test has its own."""
+    for name in [name for name in sys.modules if name.startswith("nb_") and hasattr(sys.modules[name], "get_secret")]:
+        sys.modules[name].get_secret.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def root():
     """The root folder of the repository."""

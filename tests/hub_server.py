@@ -43,6 +43,7 @@ class HubServer:
         self.files, self.repos = dict(files), {path.split("/resolve/")[0] for path in files}
         self.faults = {path: list(faults) for path, faults in (faults or {}).items()}
         self.requests, self.sent, self.page_size, self.commits = [], [], 1000, 1
+        self.expired = "hf_expired"  # a token that is refused, whatever it is used for
         self.lock = threading.Lock()
         hub = self
 
@@ -52,6 +53,8 @@ class HubServer:
                 path = re.sub("/(resolve|tree)/[0-9a-f]{40}", r"/\1/main", path)  # a commit's files are those of today
                 hub.requests.append((self.command, path))
                 fault = hub.next_fault(self.command, path)
+                if self.headers.get("Authorization") == f"Bearer {hub.expired}":
+                    fault = Fault(status=401)
                 api = path.startswith("/api/")
                 data, more = hub.listing(path, query) if api else (hub.files.get(path), {})
                 if fault.status != 200:

@@ -137,7 +137,8 @@ def prepare(folder, venv):
     shutil.copytree(LISTS / "google", site_packages(copy) / "google", dirs_exist_ok=True)
     profile = home / ".ipython" / "profile_default"
     profile.mkdir(parents=True)
-    (profile / "ipython_config.py").write_text('get_config().InteractiveShellApp.extensions = ["google.colab"]\n')
+    settings = 'get_config().InteractiveShellApp.extensions = ["google.colab"]\n'
+    (profile / "ipython_config.py").write_text(settings, encoding="utf-8")
     # In Colab a lone notebook fetches the embedded corpus from GitHub. Here it gets this commit's, without a network.
     shutil.copytree(ROOT / "data" / "embedded", home / ".cache" / "tpuchat" / "embedded")
     (home / "tmp").mkdir()  # TensorBoard looks in the temporary folder for one that already runs
@@ -189,7 +190,7 @@ def change(notebook, name, settings):
 
 def run(kind, name, settings=(), out=None):
     """Runs a notebook in a runtime, prints how it went, and returns whether all is well."""
-    notebook = json.loads((ROOT / name).read_text())
+    notebook = json.loads((ROOT / name).read_text(encoding="utf-8"))
     change(notebook, name, settings)
     venv = build(kind)
     with tempfile.TemporaryDirectory(prefix="run-", dir=CACHE, ignore_cleanup_errors=True) as folder:
@@ -197,17 +198,17 @@ def run(kind, name, settings=(), out=None):
         if content.exists():
             raise Wrong(2, f"--out {out}: {content} is already there; remove it, or name another folder")
         content.mkdir(parents=True)
-        (content / name).write_text(json.dumps(notebook))
+        (content / name).write_text(json.dumps(notebook), encoding="utf-8")
         if name.startswith("05"):  # in Colab it fetches its subject from GitHub
             shutil.copyfile(ROOT / "02_train.py", content / "02_train.py")
         copy, environment = prepare(Path(folder), venv)
-        options = dict(cwd=content, env=environment, capture_output=True, text=True)
+        options = dict(cwd=content, env=environment, capture_output=True, encoding="utf-8")
         python, before, start = copy / "bin" / "python", packages_of(copy), time.monotonic()
         done = subprocess.run([python, "-c", EXECUTE, name, str(CELL_SECONDS)], **options)
         seconds, after = time.monotonic() - start, packages_of(copy)
         if out:
             subprocess.run([python, "-m", "nbconvert", "--to", "html", name], **options)
-        cells = json.loads((content / name).read_text())["cells"]
+        cells = json.loads((content / name).read_text(encoding="utf-8"))["cells"]
 
     started = [cell for cell in cells if "execution" in cell["metadata"]]
     errors = [(title(cell), output) for cell in started for output in cell["outputs"] if "ename" in output]

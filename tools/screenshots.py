@@ -88,7 +88,7 @@ def tensorboard(run):
         server = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             deadline = time.monotonic() + 120
-            while not (address := re.search(r"at (http://\S+)", log := Path(file.name).read_text())):
+            while not (address := re.search(r"at (http://\S+)", log := Path(file.name).read_text(encoding="utf-8"))):
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise Missing(f"TensorBoard does not start: {(log.splitlines() or ['it says nothing'])[-1]}")
                 time.sleep(0.2)
@@ -144,7 +144,7 @@ def picture(browser, path, ready="return true"):
 
 
 def check_scalars(browser, address, run, path):
-    logged = (run / "metrics.jsonl").read_text().count('"loss"')
+    logged = (run / "metrics.jsonl").read_text(encoding="utf-8").count('"loss"')
     many = min(max(logged, 2), 500)  # TensorBoard shows a sample of 1000
 
     def tags_are_read(_):  # a page that is opened before stays empty

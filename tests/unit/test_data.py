@@ -1,10 +1,14 @@
 """Shards: which of them train and validate, refused by name when they are not whole, read from any row."""
 
+import itertools
+import shutil
+import tracemalloc
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import documents, one_line, write_shard
+from tests.helpers import EMBEDDED, documents, one_line, write_shard
 
 
 def folder_config(nb, folder, **changes):
@@ -22,16 +26,6 @@ def test_the_last_shard_validates_whatever_num_shards_is(nb, tmp_path, num_shard
     assert validation() == tmp_path / "shard_00011.parquet"
 
 
-def test_hub_datasets_pin_their_last_shard(nb):
-    """Listing downloads nothing."""
-    for dataset, count in {"karpathy/fineweb-edu-100b-shuffle": 1823, "karpathy/climbmix-400b-shuffle": 6543}.items():
-        for num_shards in (1, -1):
-            train, validation = nb.list_shards(nb.Config(dataset=dataset, num_shards=num_shards))
-            assert len(train) == (count - 1 if num_shards == -1 else num_shards)
-            assert train[0].args == (dataset, "shard_00000.parquet")
-            assert validation.args == (dataset, f"shard_{count - 1:05d}.parquet")
-
-
 def test_list_shards_refuses(nb, tmp_path):
     def message(**changes):
         with pytest.raises(nb.InputError) as error:
@@ -43,8 +37,71 @@ def test_list_shards_refuses(nb, tmp_path):
     assert one_line(message(), "1 parquet shards", "at least two")
     write_shard(tmp_path / "b.parquet", ["b"])
     assert len(nb.list_shards(folder_config(nb, tmp_path, num_shards=2))[0]) == 1  # at most so many
-    for dataset in ("/no/such/folder", "corpus", "me/", ""):
+    for dataset in ("/no/such/folder", "corpus", "me/", "", "~/no such"):
         assert one_line(message(dataset=dataset), repr(dataset), "'embedded', a folder of parquet shards", "owner/name")
+
+
+# name: (files, those that train, the one that validates), or (files, words of the message)
+SPLITS = {
+    "no words": ("b/1 a b/0 b/deep/2", "a b/0 b/1", "b/deep/2"),
+    "words within words": ("latest brain devout evaluate contest", "brain contest devout evaluate", "latest"),
+    "imdb": ("plain/train-0 plain/test-0 plain/unsupervised-0", "plain/train-0", "plain/test-0"),
+    "all three": ("train-1 train-0 validation-0 validation-1 test-0", "train-0 train-1", "validation-1"),
+    "folders": ("data/train/1 data/dev/0 data/train/0", "data/train/0 data/train/1", "data/dev/0"),
+    "folders of a language": ("train-en/0 train-en/1 dev-en/0", "train-en/0 train-en/1", "dev-en/0"),
+    "validation, then dev": ("x_dev x_val x_train", "x_train", "x_val"),
+    "the nearest word": ("train-test/train.0 train-test/test.0", "train-test/train.0", "train-test/test.0"),
+    "a word for some": ("s0 s1 Valid2", "s0 s1", "Valid2"),
+    "wikitext": ("w-103/train w-103/test w-2/train", "several data sets; name one of them: me/x/w-103, me/x/w-2"),
+    "a folder of folders": ("data/20BT/0 data/20BT/1 sample/0", "me/x/data/20BT, me/x/sample"),
+    "languages": ("train/en/0 train/ru/0 dev/en/0", "me/x/dev/en, me/x/train/en, me/x/train/ru"),
+    "many": (" ".join(f"c{i}/0" for i in range(10)), "me/x/c6, me/x/c7, …"),
+    "tests alone": ("test-0 test-1", "has 0 parquet shards for training"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_names_that_say_train_validation_or_test_are_followed(nb, name):
+    """As the Hub's own library follows them; test splits are never trained on, and data sets never mixed."""
+    names, *expected = SPLITS[name]
+    names = [f"{name}.parquet" for name in names.split()]
+    if len(expected) == 2:
+        train, validation = nb.split_shards("me/x", names)
+        assert [" ".join(train).replace(".parquet", ""), validation.removesuffix(".parquet")] == expected
+    else:
+        with pytest.raises(nb.InputError) as error:
+            nb.split_shards("me/x", names)
+        assert one_line(str(error.value), "dataset='me/x': has ", *expected)
+
+
+def test_splits_of_a_folder(nb, tmp_path, monkeypatch, capsys):
+    """Hidden files and folders are none of it, and ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data/train/a", "data/train/b", "data/train/.b", "data/dev/a", "data/_old/c", ".cache/d", "_d"):
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(tmp_path / "corpus" / f"{name}.parquet", [name])
+    for dataset in (tmp_path / "corpus", "~/corpus"):
+        train, validation = nb.list_shards(folder_config(nb, dataset, num_shards=-1))
+        assert [fetch() for fetch in train] == [tmp_path / "corpus/data/train" / f"{x}.parquet" for x in "ab"]
+    nb.describe_data(train, validation)
+    words = f"data    2 training shards; validation: {tmp_path / 'corpus/data/dev/a.parquet'}"
+    assert validation() == validation.args[-1] and capsys.readouterr().out.strip() == words
+
+
+def test_the_embedded_corpus_is_found_from_another_folder(nb, tmp_path, monkeypatch):
+    """Also by a kernel that does not run in the folder of its notebook; else GitHub is asked for it."""
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "deep")
+    monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(nb.urllib.request, "urlretrieve", lambda *args: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.delitem(nb.__dict__, "__file__")
+    monkeypatch.setenv("JPY_SESSION_NAME", str(tmp_path / "notebooks" / "02_train.ipynb"))
+    with pytest.raises(nb.InputError, match="no network; start in a clone of https://github.com/.*, or set dataset"):
+        nb.embedded_folder()
+    for place in ("", "work/deep", "notebooks"):  # above, here, beside the notebook: the later comes before
+        folder = tmp_path / place / "data" / "embedded"
+        shutil.copytree(EMBEDDED, folder)
+        assert nb.embedded_folder() == folder
 
 
 def damage_a_page(path):
@@ -63,9 +120,9 @@ BAD_SHARDS = {
     "damaged page": (damage_a_page, ["row group 0 is damaged", "get it again"]),  # its footer is whole
     "no text": (lambda path: pq.write_table(pa.table({"id": GOOD, "n": [1, 2]}), path), ["n (int64)"]),
     "bytes": (lambda path: pq.write_table(pa.table({"text": [b"a", b"b"]}), path), ["`text`", "binary"]),
+    "lists": (lambda path: pq.write_table(pa.table({"text": [["a"], ["b"]]}), path), ["`text`", "list"]),
     "no rows": (lambda path: write_shard(path, []), ["must have rows", "0 rows"]),
-    "null": (lambda path: write_shard(path, ["x"] * 7 + [None]), ["row 7", "null or empty"]),  # of row group 1
-    "empty among long": (lambda path: write_shard(path, ["x" * 10_000] * 6 + [""]), ["row 6", "null or empty"]),
+    "nothing but empty texts": (lambda path: write_shard(path, [None, ""] * 4), ["each of its 8 rows is empty"]),
 }  # fmt: skip
 
 
@@ -79,20 +136,46 @@ def test_a_bad_shard_is_refused_by_name(nb, tmp_path, make, words):
     assert str(error.value).startswith(f"{path}: ") and one_line(str(error.value), *words)
 
 
-@pytest.mark.parametrize("start", [0, 4, 5, 11, 12, 99])
-def test_read_documents_from_a_row(nb, tmp_path, start):
+STRINGS = {
+    "large_string": lambda texts: pa.array(texts, pa.large_string()),
+    "string_view, as polars writes": lambda texts: pa.array(texts, pa.string_view()),
+    "dictionary, as pandas writes a category": lambda texts: pa.array(texts).dictionary_encode(),
+    "chunks": lambda texts: pa.chunked_array([texts[:3], [], texts[3:]]),
+}
+
+
+@pytest.mark.parametrize("make", STRINGS.values(), ids=STRINGS)
+def test_strings_of_other_tools_from_any_row(nb, tmp_path, make):
+    """Nested columns stand to the left of the text."""
     texts = documents(4, 12)
-    path = write_shard(tmp_path / "a.parquet", texts)
-    assert list(nb.read_documents(path, start)) == list(enumerate(texts))[start:]
+    nested = pa.array([{"a": None, "text": ""}] * len(texts), pa.struct([("a", pa.int64()), ("text", pa.string())]))
+    pq.write_table(pa.table({"meta": nested, "text": make(texts)}), tmp_path / "a.parquet", row_group_size=5)
+    for start in (0, 4, 5, 11, 12, 99):
+        found = nb.read_documents(nb.check_shard(tmp_path / "a.parquet"), start)
+        assert list(found) == list(enumerate(texts))[start:]
 
 
-def test_large_strings_and_other_columns(nb, tmp_path):
-    """What other tools write: large_string, and nested columns to the left of the text."""
-    texts = documents(4, 6)
-    nested = pa.array([{"a": None, "b": ""}] * len(texts), pa.struct([("a", pa.int64()), ("b", pa.string())]))
-    table = pa.table({"meta": nested, "text": pa.array(texts, pa.large_string())})
-    pq.write_table(table, tmp_path / "a.parquet")
-    assert [text for _, text in nb.read_documents(nb.check_shard(tmp_path / "a.parquet"))] == texts
+def test_empty_texts_are_left_out_and_counted_once(nb, tokenizer, tmp_path, capsys):
+    """The others keep their row numbers, from any row on. A process says so once, of its first such shard."""
+    texts = ["one", "", "two", None, "", "three", None]
+    paths = [write_shard(tmp_path / name, texts) for name in ("a.parquet", "b.parquet")]
+    nb.SAID.clear()
+    for start in (0, 2, 3, 6):
+        found = [(row, texts[row]) for row in (0, 2, 5) if row >= start]
+        assert [list(nb.read_documents(path, start)) for path in paths] == [found, found]
+    assert capsys.readouterr().out == "data    4 of 7 documents of a.parquet are empty: skipped\n"
+    groups = nb.document_groups([lambda: paths[0], lambda: paths[1]], nb.Position())
+    read = [(place, text) for group in itertools.islice(groups, 4) for place, text in group]
+    assert read == [(nb.Position(0, shard, row), texts[row]) for shard in (0, 1) for row in (0, 2, 5)]
+
+
+def test_a_row_group_is_read_in_parts(nb, tmp_path):
+    """One of more than 2 GiB does not fit an Arrow array of strings, nor three times into the memory of Colab."""
+    path = write_shard(tmp_path / "a.parquet", [f"{i:0100000}" for i in range(1000)], row_group_size=1000)
+    tracemalloc.start()
+    assert sum(len(text) for _, text in nb.read_documents(path)) == 100_000_000
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 # ---- documents to tokens

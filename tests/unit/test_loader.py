@@ -247,11 +247,11 @@ class BrokenTokenizer:
 
 
 def test_what_is_wrong_is_named(nb, tokenizer, three, load, tmp_path):
-    bad = write_shard(tmp_path / "bad.parquet", ["x"] * 3 + [None])
+    bad = write_shard(tmp_path / "bad.parquet", ["", None])
     missing = functools.partial(nb.check_shard, tmp_path / "none.parquet")
     for shards, encoder, message in [
         ([missing], tokenizer, r"none\.parquet: cannot be read"),
-        ([three[0][0], lambda: bad], tokenizer, r"bad\.parquet: the text of row 3 is missing, null or empty"),
+        ([three[0][0], lambda: bad], tokenizer, r"bad\.parquet: the text of each of its 2 rows is empty"),
         (three[0], BrokenTokenizer(), "cannot encode"),
     ]:
         with load(shards, encoder=encoder) as loader, pytest.raises((nb.InputError, RuntimeError), match=message):

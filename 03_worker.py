@@ -3243,6 +3243,8 @@ class Training:
             describe_machine(config)
         self.shards, self.fetch_validation, self.tokenizer = find_data(config)
         self.validation = in_background(self.fetch_validation)
+        if not self.report:
+            describe_data(self.shards, self.fetch_validation)
         if not self.report and self.tokenizer.n_vocab < config.vocab_size - 64:  # padding to a multiple is fine
             tokens = f"the tokenizer has {self.tokenizer.n_vocab} tokens"
             print(f"data    {tokens}: other rows of vocab_size={config.vocab_size} are never trained")

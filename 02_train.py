@@ -3563,26 +3563,17 @@ if jax.process_count() > 1:
 # has read a training set. But a model that loses has learned nothing.
 
 
-# %% Compressors cellView="form" tags=["shared"]
-# @title Compressors
-def compressor_bpb(text):
-    """Returns the bits per byte of `xz -9e` and `zstd -19` on `text`."""
-    import lzma
-
-    data = text.encode()
-    packed = {
-        "xz -9e": lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-        "zstd -19": pa.Codec("zstd", compression_level=19).compress(data, asbytes=True),
-    }
-    return {name: 8 * len(blob) / len(data) for name, blob in packed.items()}
-
-
 # %% Compare tags=["run"]
+import lzma
+
 shards, fetch_validation = list_shards(config)
 documents = (text for _, text in read_documents(fetch_validation()))
-sample = "\n\n".join(itertools.islice(documents, 5000))  # the whole embedded shard, a part of FineWeb-Edu's
-for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.items():
-    print(f"{name:18}{bpb:.3f} bits per byte" if bpb else f"{name:18}was not evaluated yet")
+sample = "\n\n".join(itertools.islice(documents, 5000)).encode()  # the whole embedded shard, a part of FineWeb-Edu's
+packed = {"xz -9e": lzma.compress(sample, preset=9 | lzma.PRESET_EXTREME)}
+packed["zstd -19"] = pa.Codec("zstd", compression_level=19).compress(sample, asbytes=True)
+print(f"this model        {summary['val_bpb'] or math.nan:.3f} bits per byte")  # nan: it was not evaluated yet
+for name, blob in packed.items():
+    print(f"{name:18}{8 * len(blob) / len(sample):.3f} bits per byte")
 
 # %% [markdown]
 # ## Loss by position and by token
@@ -3592,22 +3583,8 @@ for name, bpb in {"this model": summary["val_bpb"], **compressor_bpb(sample)}.it
 # each token of a passage cost. Beginnings of names and of sentences are red, their ends are pale.
 
 
-# %% Positions and surprise cellView="form" tags=["shared"]
-# @title Positions and surprise
-def plot_positions(by_position, path):
-    """Writes the loss at each position of the context, [T], averaged over stretches that grow with the position."""
-    from matplotlib.figure import Figure
-
-    edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).astype(int)) - 1
-    means = [by_position[a:b].mean() for a, b in itertools.pairwise(edges)]
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.stairs(means, edges + 1, baseline=None, color="tab:blue")
-    axes.set(xscale="log", xlabel="position in the context", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
+# %% Surprise of each token cellView="form" tags=["shared"]
+# @title Surprise of each token
 def surprise(config, params, tokenizer, text):
     """Returns [(bytes of a token, its bits)] of the first T tokens of a text, each given BOS and those before it."""
     ids = encode_document(tokenizer, text)[: config.seq_len + 1]
@@ -3644,12 +3621,10 @@ def surprise_html(costs):
 
 # %% Loss by position tags=["run"]
 if summary["by_position"] is not None:
-    picture = Path(summary["run_dir"]) / "loss_by_position.png"
-    plot_positions(summary["by_position"], picture)
-    if IN_NOTEBOOK:
-        from IPython.display import Image, display
-
-        display(Image(str(picture)))
+    edges = [0, *(2**i for i in range(config.seq_len.bit_length()))]
+    for start, stop in itertools.pairwise(edge for edge in edges if edge <= config.seq_len):
+        loss = np.nanmean(summary["by_position"][start:stop])
+        print(f"tokens {start:5} to {stop - 1:5}  {loss:.3f} nats " + "█" * round(8 * loss))
 
 # %% Surprise tags=["run"]
 state, _ = load_checkpoint(list_checkpoints(summary["run_dir"])[-1], config)
@@ -3662,7 +3637,7 @@ ordered = sorted(costs, key=lambda pair: pair[1])
 for words, some in (("least", ordered[:6]), ("most", ordered[:-7:-1])):
     print(f"{words} surprising:", ", ".join(f"{piece.decode(errors='replace')!r} {bits:.2f}" for piece, bits in some))
 if IN_NOTEBOOK:
-    from IPython.display import HTML
+    from IPython.display import HTML, display
 
     display(HTML(surprise_html(costs)))
 

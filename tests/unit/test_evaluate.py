@@ -42,12 +42,6 @@ def test_every_token_counts_once(nb, model, tokenizer, validation):
         np.testing.assert_allclose(result["by_position"], losses.sum(0) / counts, rtol=1e-5)
 
 
-def test_the_picture_of_positions(nb, tmp_path):
-    for count in (2, 64):
-        nb.plot_positions(np.linspace(9, 2, count), tmp_path / "a.png")
-        assert (tmp_path / "a.png").stat().st_size > 5000
-
-
 def test_surprise(nb, model, tokenizer):
     """The bits of a passage add up to its loss; the page holds every character once, escaped, redder where it costs."""
     config, params = model

@@ -22,14 +22,6 @@ FINEWEB = "karpathy/fineweb-edu-100b-shuffle"
 SECRET = "hf_planted_secret"
 
 
-def write_shards(folder, count=3):
-    """`count` shards of 20 documents."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        write_shard(folder / f"shard_{i:05d}.parquet", documents(i, 20))
-    return folder
-
-
 # ---- the whole notebook
 
 
@@ -116,22 +108,20 @@ def test_from_the_hub_and_back(nb, tmp_path):
 
 
 def test_the_next_shard_is_fetched_while_one_is_read(nb01, tmp_path):
-    folder = write_shards(tmp_path)
     asked = [threading.Event() for _ in range(3)]
 
     def fetcher(i):
         def fetch():
             asked[i].set()
-            return folder / f"shard_{i:05d}.parquet"
+            return i
 
         return fetch
 
     paths = nb01.fetch_ahead([fetcher(i) for i in range(3)])
-    assert next(paths).name == "shard_00000.parquet"
-    assert asked[1].wait(10) and not asked[2].is_set()
-    assert [path.name for path in paths] == ["shard_00001.parquet", "shard_00002.parquet"]
-    paths = nb01.fetch_ahead([fetcher(0), functools.partial(nb01.check_shard, folder / "none.parquet")])
-    assert next(paths).name == "shard_00000.parquet"
+    assert next(paths) == 0 and asked[1].wait(10) and not asked[2].is_set()
+    assert list(paths) == [1, 2]
+    paths = nb01.fetch_ahead([fetcher(0), functools.partial(nb01.check_shard, tmp_path / "none.parquet")])
+    assert next(paths) == 0
     with pytest.raises(nb01.InputError, match="none.parquet"):
         next(paths)
 

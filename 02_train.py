@@ -92,30 +92,16 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
-import datetime
 import difflib
 import errno
-import fcntl
 import functools
 import hashlib
-import html
-import importlib.machinery
 import itertools
 import json
-import math
-import netrc
 import os
-import platform
-import queue
-import resource
-import shlex
-import shutil
-import signal
 import threading
 import time
-import types
 import urllib.request
 import warnings
 from pathlib import Path
@@ -217,6 +203,21 @@ def in_background(function):
 
 # %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
+import ctypes
+import datetime
+import fcntl
+import html
+import importlib.machinery
+import math
+import netrc
+import platform
+import queue
+import resource
+import shlex
+import shutil
+import signal
+import types
+
 import jax
 
 if jax.__version_info__ < (0, 7, 2):  # Colab's in August 2026, and the oldest that the tests run with
@@ -437,7 +438,7 @@ class BaseConfig:
 
     # Data and run: the host's
     dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
-    num_shards: int = free(50, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
+    num_shards: int = free(50, "train on at most so many shards; -1 = all", POSITIVE_OR_AUTO)
     seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
     run_dir: str = host("runs/train", "the folder for everything that the run writes")
@@ -1314,8 +1315,8 @@ def state_norms(state):
 #
 # Documents become one endless stream of tokens, each document opened by BOS. The stream is cut every T tokens; targets
 # are the same stream, one token later. So every token is predicted once, none is dropped or padded. Attention is not
-# masked between documents. Nothing is shuffled: shards are read in order of their names, the last one validates. **Your
-# own data**: `--dataset` names a folder of at least two parquet files with a `text` column, no text empty.
+# masked between documents. Nothing is shuffled: shards are read in order of their names. One validates: the last, or
+# the one that its name says. **Your own data**: `--dataset` names a folder of parquet files with a `text` column.
 #
 # Three generators do it: `document_groups` reads, `encoded_groups` encodes in threads (tiktoken releases the GIL),
 # `packed_batches` cuts. Each batch carries the position of the token after it. A resumed run starts there, whatever the
@@ -1534,7 +1535,7 @@ class PrefetchDataLoader:
 #
 # Nats per token depend on the tokenizer. **Bits per byte** can be compared between tokenizers: the total cost of the
 # validation text in bits over its length in bytes. 8 is no compression. BOS stands for no byte, but predicting it costs
-# bits, and they are counted. The validation shard is the last one, always, and is never trained on.
+# bits, and they are counted. The validation shard is printed when a run starts, and is never trained on.
 
 
 # %% Evaluate tags=["shared"]
@@ -1931,8 +1932,8 @@ fused_attention.defvjp(fused_forward, fused_backward)
 #
 # The tokenizer is byte-level BPE; `01_tokenizer.py` trains and explains it. A dataset is a list of parquet shards with
 # one `text` column: FineWeb-Edu from the Hub, any dataset of the Hub, a folder, or the embedded corpus, 12 MB of
-# public-domain English. **The last shard is validation**, whatever `num_shards` is. A shard of the Hub
-# counts only when its SHA-256 is the one that names it in the cache.
+# public-domain English. **The last shard validates**, whatever `num_shards` is, unless names say which. A shard of the
+# Hub counts only when its SHA-256 is the one that names it in the cache.
 
 # %% Tokenizer format cellView="form" tags=["shared"]
 # @title Tokenizer format

@@ -93,30 +93,16 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
-import datetime
 import difflib
 import errno
-import fcntl
 import functools
 import hashlib
-import html
-import importlib.machinery
 import itertools
 import json
-import math
-import netrc
 import os
-import platform
-import queue
-import resource
-import shlex
-import shutil
-import signal
 import threading
 import time
-import types
 import urllib.request
 import warnings
 from pathlib import Path
@@ -218,6 +204,21 @@ def in_background(function):
 
 # %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
+import ctypes
+import datetime
+import fcntl
+import html
+import importlib.machinery
+import math
+import netrc
+import platform
+import queue
+import resource
+import shlex
+import shutil
+import signal
+import types
+
 import jax
 
 if jax.__version_info__ < (0, 7, 2):  # Colab's in August 2026, and the oldest that the tests run with
@@ -418,7 +419,7 @@ class BaseConfig:
 
     # Data and run: the host's
     dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
-    num_shards: int = free(50, "train on at most so many shards; -1 = all; the last validates", POSITIVE_OR_AUTO)
+    num_shards: int = free(50, "train on at most so many shards; -1 = all", POSITIVE_OR_AUTO)
     seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
     run_dir: str = host("runs/train", "the folder for everything that the run writes")

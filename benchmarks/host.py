@@ -83,7 +83,7 @@ def log(rounds, block=25):
             "events": nb.tensorboard_sink(config, run, stack),
             "wandb": nb.wandb_sink(live),
         }
-        watch = nb.RunLog(config, run, 0, sinks, quiet=True)
+        watch = nb.RunLog(config, run, 0, sinks, report=lambda *_: None)
         loader = stack.enter_context(nb.PrefetchDataLoader(config, tokenizer, shards))
 
         def steps(logged):

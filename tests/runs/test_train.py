@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.helpers import QUIET, TINY, batch, metrics, run_code, script, tiny
+from tests.helpers import QUIET, RATES, TINY, batch, metrics, run_code, saved_steps, script, tiny
 
 
 def test_as_a_script_from_another_folder(tmp_path):
@@ -186,3 +186,19 @@ def test_a_line_that_was_cut_short_is_left_out(nb, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "lo\n{"step": 1, "loss": 1.0}\n')
     with pytest.raises(nb.InputError, match="metrics.jsonl cannot be read: .*; delete or mend the line"):
         nb.read_metrics(tmp_path)
+
+
+def test_a_report_gets_the_lines_of_the_log_and_may_end_the_run(nb, finished, tmp_path):
+    """Each line of metrics.jsonl; what it raises is raised, and the state is saved."""
+    lines = []
+    nb.train(tiny(nb, tmp_path / "run"), report=lambda step, values: lines.append({"step": step, **values}))
+    kept = [{name: value for name, value in line.items() if name not in RATES} for line in lines]
+    assert kept == metrics(tmp_path / "run") == metrics(finished[0].run_dir)
+
+    def enough(step, values):
+        if step >= 8:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        nb.train(tiny(nb, tmp_path / "stopped"), report=enough)
+    assert saved_steps(tmp_path / "stopped")[-1] in (8, 9, 10)

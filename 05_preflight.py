@@ -23,48 +23,22 @@
 # Does a training step fit a chip? How fast is it, what does the run cost, what do several chips send each other? The
 # TPU's compiler is a Python package, [libtpu](https://pypi.org/project/libtpu/), and compiles on any x86-64 Linux
 # machine. So this notebook answers on a free CPU runtime, before you rent a TPU. Press *Run all*: two minutes or so.
-#
-# - **Part I, the essay**: how to read a compiled program, how to estimate its time, how to read a trace.
-# - **Part II, the machinery**: get a notebook, compile its step, print and draw. Its cells are collapsed.
-# - **Part III, run**: choose a notebook and a chip, and ask. No account, accelerator or data is needed.
-
-# %% Install what is missing cellView="form" tags=["shared"]
-# @title Install what is missing
-import importlib.metadata
-import importlib.util
-import re
-import subprocess
-import sys
-import tempfile
-
-
-def install(*packages):
-    """Installs, in a notebook, the packages that the runtime lacks. Pins all installed versions: pip replaces none."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if not missing or "get_ipython" not in globals():
-        return
-    print("installing", *missing)
-    pins = {}
-    for package in importlib.metadata.distributions():
-        name, version = package.name, package.version
-        # pip refuses versions such as Debian's own 2.22.1ubuntu1.
-        if name and re.fullmatch(r"[\d.]+(?:(?:a|b|rc|\.post|\.dev)\d+)*(?:\+[\w.]+)?", version or ""):
-            pins.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)  # the first in the path is the one in use
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("".join(f"{name}=={version}\n" for name, version in pins.items()))
-        constraints.flush()
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *missing]
-        subprocess.run(command, check=True)
-
+# Part I says how a program and a trace are read. Part II is machinery, collapsed. In part III you ask.
 
 # %% Install tags=["run"]
-install("jax", "numpy", "tiktoken", "pyarrow", "matplotlib", "tqdm", "flatbuffers")
+import importlib.util
+import subprocess
+import sys
+
+# Without dependencies, pip replaces nothing that the runtime has.
+missing = [name for name in ("flatbuffers", "tiktoken", "regex", "pyarrow") if importlib.util.find_spec(name) is None]
+if missing and "get_ipython" in globals():
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)
 
 # %% Imports cellView="form"
 # @title Imports
 import argparse
 import collections
-import datetime
 import importlib.metadata
 import importlib.util
 import itertools
@@ -86,7 +60,6 @@ from typing import NamedTuple
 
 import jax
 import jax.export
-import numpy as np
 
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
@@ -101,10 +74,9 @@ class InputError(ValueError):
 #
 # ## Chips
 #
-# The program says what a chip does. This table has what the program does not say: the clock of the compiler's cycles,
-# the memory that a program can use, and published speeds
-# ([How to Scale Your Model](https://jax-ml.github.io/scaling-book/tpus/)). A *topology* is one chip, `v6e`, or a slice
-# of several, `v6e:2x4`. Colab sells v6e by the hour; its price of a v5e is not known here.
+# The program does not say the clock of its cycles, the memory that a program can use, and the
+# [published](https://jax-ml.github.io/scaling-book/tpus/) speeds. A *topology* is one chip, `v6e`, or a slice of
+# several, `v6e:2x4`. Colab sells v6e by the hour; its price of a v5e is not known here.
 
 
 # %% Chips
@@ -116,14 +88,13 @@ class Chip(NamedTuple):
     flops: float  # published peak in bfloat16, FLOP/s
     bandwidth: float  # of HBM, published, bytes a second
     link: float  # to a neighboring chip, one way, published, bytes a second
-    credits: float | None  # Colab's compute units an hour
+    dollars: float | None  # an hour in Colab: 3.71 compute units of $50 / 600
 
 
 CHIPS = {
-    "v6e": Chip(31.25 * 2**30, 1.75e9, 918e12, 1.6e12, 9e10, 3.71),
+    "v6e": Chip(31.25 * 2**30, 1.75e9, 918e12, 1.6e12, 9e10, 3.71 * 50 / 600),
     "v5e": Chip(15.75 * 2**30, 1.5e9, 197e12, 0.82e12, 4.5e10, None),
 }
-DOLLARS_PER_CREDIT = 50 / 600
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
 
 
@@ -177,8 +148,7 @@ class Instruction(NamedTuple):
     @property
     def cycles(self):
         """The compiler's estimate; 0 where it has none."""
-        cycles = int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
-        return cycles if cycles < NO_ESTIMATE else 0
+        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0) % NO_ESTIMATE
 
 
 def parse_program(text):
@@ -201,18 +171,13 @@ def execution_order(text):
     def walk(name, times):
         shapes = {x.name: x.shape for x in program[name]}
         for x in program[name]:
-            if x.opcode == "while":  # its trips: a known number, or the constant in its condition
+            if x.opcode == "while":  # its trips are the constant in its condition
                 condition = program[x.attribute(r"condition=%([^\s,]+)")]
-                known = x.attribute(r'known_trip_count":\{"n":"(\d+)"')
-                trips = [known] if known else [y.attribute(r"^(\d+)\)") or 1 for y in condition]
-                yield from walk(x.attribute(r"body=%([^\s,]+)"), times * max(map(int, trips)))
-            elif x.opcode == "conditional":  # its longest branch
-                names = re.findall(r"%([^\s,]+)", x.attribute(r"branch_computations=\{([^}]*)\}"))
-                runs = [list(walk(branch, times)) for branch in names]
-                yield from max(runs, key=lambda run: sum(y.times * y.cycles for y in run), default=[])
+                trips = max(int(y.attribute(r"^(\d+)\)") or 1) for y in condition)
+                yield from walk(x.attribute(r"body=%([^\s,]+)"), times * trips)
             elif x.opcode not in NO_WORK:
                 size = array_bytes(x.shape) + sum(array_bytes(shapes.get(name, "")) for name in x.operands)
-                yield x._replace(times=times, bytes=size, collective=find_collective(program, shapes, x))
+                yield x._replace(times=times, bytes=size, collective=find_collective(program, x))
 
     return list(walk("ENTRY", 1))
 
@@ -255,46 +220,27 @@ def component(x):
 
 
 # %% Kernels
-BUNDLE = re.compile(r"^\s*0?x?[0-9a-f]+\s+(?:\w\w)?\s*:\s*((?:>\s*)*)\{(.*)$")
+BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M)
 KERNEL = re.compile(r"attention_\w+?_kernel|splash_mha_(?:fwd|dkv|dq)")
 LEAST_STEP = 0.5e-6  # seconds of a step of a grid
 
 
-def read_bundles(path):
-    """Returns [(depth, text)] of the bundles in a file of the compiler; depth 1 is the loop over the grid."""
-    bundles = []
-    for line in path.read_text(errors="replace").split("\n"):
-        if match := BUNDLE.match(line):
-            bundles.append((match[1].count(">"), match[2]))
-        elif bundles:
-            bundles[-1] = bundles[-1][0], bundles[-1][1] + line
-    return bundles
+def step_cycles(text, group=1):
+    """Returns the cycles of a step of an attention kernel's grid that computes its block, and of one that skips it.
 
-
-def branches(bundles):
-    """Returns [(first bundle, number of bundles)] of the code in the grid's loop that a branch can jump over."""
-    ends, regions = {}, []
-    for i, (_, text) in enumerate(bundles):
-        for region in re.findall(r"(?:Start/End empty|End|Start) region (\d+)", text):
-            ends.setdefault(region, i)
-    for i, (depth, text) in enumerate(bundles):
-        branch = re.search(r"sbr\.rel \([^)]*\) target (?:= \$region|bundleno = .*?region = )(\d+)", text)
-        if branch and depth and ends.get(branch[1], 0) > i + 20:
-            regions.append((i + 1, ends[branch[1]] - i))
-    return regions
-
-
-def head_seconds(bundles, chip, steps=1, visible=1, group=1):
-    """Returns the seconds of an attention kernel for one query head and sequence; `visible` of its `steps` compute.
-
-    Our kernel has one step. In its branch are branches that only one of a `group` of query heads takes.
+    text: the file of its bundles. In the longest branch are branches that one of a `group` of query heads takes.
     """
-    regions, loop = branches(bundles), sum(depth > 0 for depth, _ in bundles)
-    start, longest = max(regions, key=lambda region: region[1])
-    inner = sum(n for i, n in regions if start < i and i + n < start + longest)
-    computes = max((loop - inner * (1 - 1 / group)) / CHIPS[chip].clock, LEAST_STEP)
-    skips = max((loop - longest) / CHIPS[chip].clock, LEAST_STEP)
-    return visible * computes + (steps - visible) * skips
+    _, *bundles = BUNDLE.split(text)  # in turn: a `>` for each loop around a bundle, and its text
+    depths, bodies, ends = bundles[::2], bundles[1::2], {}
+    for i, body in enumerate(bodies):
+        for region in re.findall(r"\bregion (\d+)", body):
+            ends.setdefault(region, i)
+    jumps = {i: re.search(r"sbr\.rel \(.*?region(?: = )?(\d+)", body) for i, body in enumerate(bodies) if depths[i]}
+    branches = {i: ends.get(jump[1], 0) - i for i, jump in jumps.items() if jump}  # where one begins: its bundles
+    branches = {i: size for i, size in branches.items() if size > 20}
+    start = max(branches, key=branches.get)
+    inner = sum(size for i, size in branches.items() if start < i and i + size < start + branches[start])
+    return len(jumps) - inner * (1 - 1 / group), len(jumps) - branches[start]
 
 
 def grid(T, block, window):
@@ -304,75 +250,59 @@ def grid(T, block, window):
     return len(rows) * max(rows), sum(rows)
 
 
+def head_seconds(text, chip, steps=1, visible=1, group=1):
+    """Returns the seconds of an attention kernel for one query head and sequence; `visible` of its `steps` compute."""
+    computes, skips = (max(cycles / CHIPS[chip].clock, LEAST_STEP) for cycles in step_cycles(text, group))
+    return visible * computes + (steps - visible) * skips
+
+
 # %% [markdown]
 # ## Communication
 #
-# The program of one chip of a slice is the program of each. Its
-# [collectives](https://jax-ml.github.io/scaling-book/sharding/) are the compiler's word: what is gathered, summed or
-# scattered, among how many chips, and when. Their time is not. Of $n$ chips in a ring, each receives $\frac{n-1}{n}$ of
-# the bytes of a gather, and twice that of a sum. The speed of a link is published. Assumed are: full speed, 1 µs a hop,
-# two links a chip (the corner of a slice has no more; a part of a slice is a line, whose end has one), one collective
-# at a time, and arithmetic that is no slower beside it. Nothing of this was measured on a slice.
+# Which [collectives](https://jax-ml.github.io/scaling-book/sharding/) there are, of what size and where, is the
+# compiler's word; their time is not. Of $n$ chips in a ring, each receives $\frac{n-1}{n}$ of the bytes of a gather, and
+# twice that of a sum. The speed of a link is published. Assumed are full speed, 1 µs a hop, two links a chip (one in a
+# part of a slice, which is a line), and one collective at a time. Nothing of this was measured on a slice.
 
 
 # %% Collectives
-COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 HOP = 1e-6  # seconds until the first byte is at the next chip
 
 
 class Collective(NamedTuple):
     """What the chips of a group send each other."""
 
-    kind: str  # all-gather | reduce-scatter | all-reduce | …
+    kind: str  # all-gather | reduce-scatter | all-reduce
     size: int  # bytes of the unsharded array
     chips: int  # in a group
 
 
 def group_size(rest):
     """Returns the number of chips in a group of a collective. HLO has three notations for groups."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-        return int(iota[1])
-    listed = re.search(r"replica_groups=\{\{([\d, ]*)\}", rest)
-    return len(listed[1].split(",")) if listed else 2  # pairs of a source and a target
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    group = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})", rest)
+    return int(group[1] or group[2].count(",") + 1)
 
 
-def find_collective(program, shapes, x):
+def find_collective(program, x):
     """Returns the Collective that an Instruction runs, starts, or has another core run, or None."""
-    kind = x.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-        size = sum(array_bytes(shapes.get(operand, ""), hbm_only=False) for operand in x.operands)
-        return Collective(kind, size * (group_size(x.rest) if kind == "all-gather" else 1), group_size(x.rest))
-    called = x.attribute(r"(?:calls|to_apply)=%([^\s,]+)") * (x.opcode in ("fusion", "call-start", "async-start"))
+    if x.opcode in ("all-gather", "reduce-scatter", "all-reduce"):
+        chips, size = group_size(x.rest), array_bytes(x.shape, hbm_only=False)
+        return Collective(x.opcode, size * chips if x.opcode == "reduce-scatter" else size, chips)
+    called = x.attribute(r"(?:calls|to_apply)=%([^\s,]+)") if x.opcode in ("fusion", "call-start") else ""
     body = program.get(called, [])
-    inner = next((y for y in body if y.opcode.removesuffix("-start") in COLLECTIVES), None)
-    if inner is None or any(y.opcode in ("convolution", "fusion") for y in body):  # arithmetic beside a collective
-        return None
-    sent = find_collective(program, {y.name: y.shape for y in body}, inner)
-    return sent._replace(kind="reduce-scatter") if "all-reduce-scatter" in called else sent
+    if not any(y.opcode in ("convolution", "fusion") for y in body):  # else it is arithmetic beside a collective
+        return next(filter(None, (find_collective(program, y) for y in body)), None)
 
 
 def link_seconds(sent, chip, chips):
     """Returns the seconds of a Collective that has the links of a slice of `chips` for itself."""
     rounds, links = 2 if sent.kind == "all-reduce" else 1, 2 if sent.chips == chips else 1
-    share = 1 if sent.kind == "collective-permute" else rounds * (sent.chips - 1) / sent.chips
-    return share * sent.size / (links * CHIPS[chip].link) + rounds * (sent.chips // 2) * HOP
+    share = (sent.chips - 1) / sent.chips
+    return rounds * (share * sent.size / (links * CHIPS[chip].link) + sent.chips // 2 * HOP)
 
-
-# %% Try it: a matmul and a gather tags=["run"]
-if IN_NOTEBOOK:
-    toy = """
-ENTRY %main (x: bf16[512,256], w: bf16[32,128]) -> bf16[512,128] {
-  %x = bf16[512,256]{1,0} parameter(0)
-  %w = bf16[32,128]{1,0} parameter(1)
-  %all = bf16[256,128]{1,0} all-gather(%w), replica_groups=[1,8]<=[8]
-  ROOT %y = bf16[512,128]{1,0} fusion(%x, %all), metadata={op_name="jvp(mlp)/dot"}, "estimated_cycles":"900"
-}"""
-    gather, matmul = execution_order(toy)
-    print(f"{matmul.name}: {component(matmul)}, {matmul.cycles / CHIPS['v6e'].clock * 1e6:.2f} µs on a v6e")
-    print(f"{gather.name}: {gather.collective}, {link_seconds(gather.collective, 'v6e', 8) * 1e6:.2f} µs on v6e:2x4")
 
 # %% [markdown]
 # What arithmetic hides costs nothing. So play the program in order. A collective begins when its input is there and the
@@ -380,20 +310,15 @@ ENTRY %main (x: bf16[512,256], w: bf16[32,128]) -> bf16[512,128] {
 
 
 # %% Exposed communication
-class Wait(NamedTuple):
-    """A collective, the seconds that it takes, and those in which the chip does nothing else."""
-
-    first: Instruction  # that begins it
-    seconds: float
-    exposed: float
-
-
 def waits(instructions, seconds, chip, chips):
-    """Returns [Wait] of the collectives among `instructions`, which take `seconds` where they are arithmetic."""
+    """Returns [(first instruction, seconds, those that the chip waits)] of the collectives among `instructions`.
+
+    seconds: of each instruction that is arithmetic, else 0.
+    """
     now, links_free, running, result = 0.0, 0.0, {}, []  # running: {name: (first instruction, when it is done)}
     for x, own in zip(instructions, seconds, strict=True):
         fused = x.opcode == "fusion"
-        phase = re.search("(?:^async-collective|-)(start|update|done)|$", x.name if fused else x.opcode)[1]
+        phase = re.search("(?:^async-collective|^call)-(start|update|done)|$", x.name if fused else x.opcode)[1]
         before = x.name.replace("done", "start") if fused else "".join(x.operands[:1])
         if x.collective or before in running:
             first, done = running.pop(before, (x, 0.0))
@@ -402,20 +327,30 @@ def waits(instructions, seconds, chip, chips):
                 links_free = done = max(now, links_free) + needs
             if phase in ("start", "update"):
                 running[x.name] = first, done
-                continue
-            result.append(Wait(first, needs, max(0.0, done - now)))
-            now = max(now, done)
+            else:
+                result.append((first, needs, max(0.0, done - now)))
+                now = max(now, done)
         now += own
     return result
 
+
+# %% Try it: a matmul and a gather tags=["run"]
+if IN_NOTEBOOK:
+    toy = """
+ENTRY %main (x: bf16[512,256], w: bf16[32,128]) -> bf16[512,128] {
+  %all = bf16[256,128]{1,0} all-gather(%w), replica_groups=[1,8]<=[8]
+  ROOT %y = bf16[512,128]{1,0} fusion(%x, %all), metadata={op_name="jvp(mlp)/dot"}, "estimated_cycles":"900"
+}"""
+    gather, matmul = execution_order(toy)
+    print(f"{matmul.name}: {component(matmul)}, {matmul.cycles / CHIPS['v6e'].clock * 1e6:.2f} µs on a v6e")
+    print(f"{gather.name}: {gather.collective}, {link_seconds(gather.collective, 'v6e', 8) * 1e6:.2f} µs on v6e:2x4")
 
 # %% [markdown]
 # ## Estimate
 #
 # The time of a step is the compiler's estimate of each instruction, plus the kernels, plus the waits. Copies between
 # HBM and VMEM run beside the arithmetic and count nothing. Against ten published steps of a v6e the mean error is 7.0%:
-# [the table](https://github.com/tpuchat/tpuchat/blob/main/docs/speed.md). The error with two corrections, for what the
-# compiler adds to a matmul and for HBM's bandwidth, was 7.3%, so there are none.
+# [the table](https://github.com/tpuchat/tpuchat/blob/main/docs/speed.md#the-error).
 
 
 # %% Estimate
@@ -424,7 +359,7 @@ class Estimate(NamedTuple):
 
     parts: dict  # {(component, 'forward' | 'backward'): seconds}
     uncounted: list  # names of kernels of which only the bytes count
-    waits: list
+    sent: float  # seconds in which chips send each other something
 
     @property
     def seconds(self):
@@ -433,34 +368,33 @@ class Estimate(NamedTuple):
     @property
     def exposed(self):
         """Seconds in which a chip waits for others."""
-        return sum(wait.first.times * wait.exposed for wait in self.waits)
-
-
-def kernel_seconds(x, windows, kernels):
-    """Returns the seconds of a kernel, or None. A scope names its layer: layer_03 sees windows[3] tokens."""
-    kernel, layer = KERNEL.search(f"{x.name} {x.scope}"), re.search(r"layer_(\d+)", x.scope)
-    return kernels.get((kernel[0], windows[int(layer[1])] if layer else max(windows))) if kernel else None
+        return sum(seconds for (name, _), seconds in self.parts.items() if name == "communication")
 
 
 def estimate(text, topology, windows, kernels):
-    """Returns the Estimate of a compiled program; kernels: {(kernel, window): seconds a layer}."""
+    """Returns the Estimate of a compiled program.
+
+    kernels: {(kernel, window): seconds a layer}. A scope names its layer: layer_03 sees windows[3] tokens.
+    """
     (chip, chips), instructions = parse_topology(topology), execution_order(text)
     parts, uncounted, seconds = collections.Counter(), [], []
     for x in instructions:
         if "tpu_custom_call" in x.rest:
-            own = kernel_seconds(x, windows, kernels)
-            uncounted += [x.name] if own is None else []
-            own = max(own or 0.0, x.bytes / CHIPS[chip].bandwidth)
+            kernel, layer = KERNEL.search(f"{x.name} {x.scope}"), re.search(r"layer_(\d+)", x.scope)
+            window = windows[int(layer[1])] if layer else max(windows)
+            known = kernels.get((kernel[0], window)) if kernel else None
+            uncounted += [x.name] if known is None else []
+            own = max(known or 0.0, x.bytes / CHIPS[chip].bandwidth)
         else:
             aside = x.collective or re.search("-(start|done|update)$", x.opcode)
             own = 0.0 if aside else x.cycles / CHIPS[chip].clock
         seconds.append(own)
         parts[component(x)] += x.times * own
     sends = waits(instructions, seconds, chip, chips)
-    for wait in sends:  # what is reduced are gradients
-        direction = "backward" if "reduce" in wait.first.collective.kind else component(wait.first)[1]
-        parts["communication", direction] += wait.first.times * wait.exposed
-    return Estimate(+parts, uncounted, sends)
+    for first, _, exposed in sends:  # what is reduced are gradients
+        direction = "backward" if "reduce" in first.collective.kind else component(first)[1]
+        parts["communication", direction] += first.times * exposed
+    return Estimate(+parts, uncounted, sum(first.times * needs for first, needs, _ in sends))
 
 
 # %% [markdown]
@@ -475,22 +409,22 @@ def estimate(text, topology, windows, kernels):
 def compile_and_estimate(config, topology):
     """Returns (Compiled, Estimate) of the step of a Config. Raises CompileError."""
     config = on_topology(config, topology)
-    compiled, kernels = compile_step(config, topology), attention_kernels(config, topology.partition(":")[0])
+    compiled, kernels = compile_step(config, topology), attention_kernels(config, parse_topology(topology)[0])
     return compiled, estimate(compiled.text, topology, config.windows, kernels)
 
 
 def preflight(config, topology="v6e"):
     """Compiles the train step for a chip ('v6e') or a slice ('v6e:2x4') and prints whether it fits, its time and price.
 
-    Returns {'fits': True, 'peak': bytes a chip, 'seconds', 'tokens_per_second', 'mfu', 'parts', 'exposed', 'uncounted',
-    'picture': path} or {'fits': False, 'reason', 'device_batch_size': one that fits, or None}. Raises
-    InputError if this machine cannot compile for a TPU, or if config.mesh does not suit the topology.
+    Returns {'fits': True, 'peak': bytes a chip, 'seconds', 'tokens_per_second', 'mfu', 'parts', 'exposed', 'uncounted'}
+    or {'fits': False, 'reason', 'device_batch_size': one that fits, or None}. Raises InputError if this machine cannot
+    compile for a TPU, or if config.mesh does not suit the topology.
     """
     config, started = on_topology(config, topology), time.perf_counter()
-    size = f"{subject(config).count_params(config)['total'] / 1e6:,.1f}M parameters"
-    mesh = f" on each chip of a mesh {config.mesh_shape[0]} × {config.mesh_shape[1]}" if config.devices > 1 else ""
-    print(f"preflight on {topology}: {size}, {config.device_batch_size} × {config.seq_len} tokens × "
-          f"{config.grad_accum_steps} a step{mesh}", flush=True)  # fmt: skip
+    nb, chip, mesh = subject(config), CHIPS[parse_topology(topology)[0]], config.mesh_shape
+    print(f"preflight on {topology}: {nb.count_params(config)['total'] / 1e6:,.1f}M parameters, "
+          f"{config.device_batch_size} × {config.seq_len} tokens × {config.grad_accum_steps} a step"
+          + f" on each chip of a mesh {mesh[0]} × {mesh[1]}" * (config.devices > 1), flush=True)  # fmt: skip
     try:
         compiled, answer = compile_and_estimate(config, topology)
     except CompileError as error:
@@ -499,33 +433,27 @@ def preflight(config, topology="v6e"):
         batch = smaller_batch(config, topology, needed) if "HBM" in reason else None
         return {"fits": False, "reason": reason, "device_batch_size": batch}
     print(f"fits    compiled in {time.perf_counter() - started:.0f} s")
-    describe_memory(config, topology, compiled)
-    rate, mfu = describe_time(config, topology, answer)
-    describe_waits(topology, answer)
-    describe_parts(answer)
-    title = f"{topology}: {answer.seconds * 1e3:.1f} ms a step, {rate:,.0f} tok/s, MFU {mfu:.1%}, estimate"
-    path = Path(config.run_dir).parent / f"preflight-{topology.replace(':', '-')}.png"
-    return {
-        "fits": True, "peak": compiled.peak, "seconds": answer.seconds, "tokens_per_second": rate, "mfu": mfu,
-        "parts": answer.parts, "exposed": answer.exposed, "uncounted": answer.uncounted,
-        "picture": plot_parts(answer.parts, title, path),
-    }  # fmt: skip
+    rate = config.tokens_per_step / answer.seconds
+    mfu = nb.flops_per_token(config) * rate / chip.flops / config.devices
+    describe(config, chip, compiled, answer, rate, mfu)
+    return {"fits": True, "peak": compiled.peak, "seconds": answer.seconds, "tokens_per_second": rate, "mfu": mfu,
+            "parts": answer.parts, "exposed": answer.exposed, "uncounted": answer.uncounted}  # fmt: skip
 
 
 def smaller_batch(config, topology, needed):
-    """Returns a smaller device_batch_size that fits, with the same tokens a step, or None. Compiles to find out.
+    """Returns the largest device_batch_size that fits, with the same tokens a step, or None. Compiles to find out.
 
     needed: bytes of HBM that config would take, or None. The search goes down from the batch that they suggest.
     """
-    rows = config.tokens_per_step // config.seq_len // config.devices  # of a chip
-    guess = config.device_batch_size * (CHIPS[topology.partition(":")[0]].hbm / needed if needed else 0.5)
-    for batch in (b for b in range(int(guess), 0, -1) if rows % b == 0):
+    total, hbm = config.tokens_per_step, CHIPS[parse_topology(topology)[0]].hbm
+    rows = total // config.seq_len // config.devices  # of a chip
+    guess = int(config.device_batch_size * (hbm / needed if needed else 0.5))
+    for batch in (b for b in range(guess, 0, -1) if rows % b == 0):
         try:
-            compile_step(config.replace(device_batch_size=batch, total_batch_size=config.tokens_per_step), topology)
+            compile_step(config.replace(device_batch_size=batch, total_batch_size=total), topology)
         except CompileError as error:
             print(f"        device_batch_size={batch}: {explain(error)[0]}", flush=True)
         else:
-            total = config.tokens_per_step
             print(f"what fits: --device_batch_size {batch} --total_batch_size {total}, in {rows // batch} passes")
             return batch
 
@@ -541,10 +469,8 @@ def smaller_batch(config, topology, needed):
 # %% Scaling
 def scaled(config, chips, total=None):
     """Returns config on so many chips: with the same tokens a chip, or with `total` a step in as few passes as fit."""
-    rows = config.device_batch_size
-    if total:
-        each = total // config.seq_len // chips
-        rows = max(n for n in range(1, min(rows, each) + 1) if each % n == 0)
+    each = total // config.seq_len // chips if total else config.device_batch_size
+    rows = max(n for n in range(1, min(config.device_batch_size, each) + 1) if each % n == 0)
     return config.replace(mesh=(1, chips), device_batch_size=rows, total_batch_size=total or -1)
 
 
@@ -552,157 +478,137 @@ def scaling(config, chip="v6e", counts=(1, 8, 64)):
     """Compiles the step for several numbers of chips, prints a table of weak and strong scaling, and draws it.
 
     Strong scaling has one sequence for each chip of the largest slice. Returns {'a chip' | 'a step': [{'chips',
-    'tokens', 'ms', 'tok/s', …}]}. Raises CompileError if one does not fit.
+    'tokens', 'ms', 'tok/s', …}]} and the path of the picture. Raises CompileError if one does not fit.
     """
     tables = {"a chip": [], "a step": []}
-    for constant, total in (("a chip", None), ("a step", max(counts) * config.seq_len)):
+    for constant, rows in tables.items():
         print(f"{chip}, estimates, tokens {constant} constant", flush=True)
         for chips in counts:
-            now = scaled(config, chips, total)
+            now = scaled(config, chips, max(counts) * config.seq_len if constant == "a step" else None)
             compiled, answer = compile_and_estimate(now, f"{chip}:{SLICES[chips]}")
             rate = now.tokens_per_step / answer.seconds
-            alone = tables[constant][0]["tok/s"] / counts[0] if tables[constant] else rate / chips
-            row = {"chips": chips, "tokens": now.tokens_per_step, "passes": now.grad_accum_steps,
-                   "ms": 1e3 * answer.seconds, "tok/s": rate, "efficiency %": 100 * rate / chips / alone,
-                   "exposed %": 100 * answer.exposed / answer.seconds, "GiB a chip": compiled.peak / 2**30}  # fmt: skip
-            if not tables[constant]:
-                print("".join(f"{name:>14}" for name in row))
-            print("".join(f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}" for v in row.values()), flush=True)
-            tables[constant].append(row)
-    plot_scaling(tables, chip, Path(config.run_dir).parent / f"scaling-{chip}.png")
-    return tables
+            alone = rows[0]["tok/s"] / counts[0] if rows else rate / chips
+            rows.append({"chips": chips, "tokens": now.tokens_per_step, "passes": now.grad_accum_steps,
+                         "ms": 1e3 * answer.seconds, "tok/s": rate, "efficiency %": 100 * rate / chips / alone,
+                         "exposed %": 100 * answer.exposed / answer.seconds, "GiB a chip": compiled.peak / 2**30})  # fmt: skip
+            print("".join(f"{name:>14}" for name in rows[0]) + "\n" if len(rows) == 1 else "", end="")
+            print("".join(f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}" for v in rows[-1].values()), flush=True)
+    return tables, plot_scaling(tables, chip, Path(config.run_dir).parent / f"scaling-{chip}.png")
 
 
 # %% [markdown]
 # ## Read a trace
 #
 # A trace says what a step did. [XProf](https://openxla.org/xprof) notes when each instruction ran, and stores the
-# compiled program beside it, with its named scopes. Together they give the same table of components, measured. The file
-# is a [protocol buffer](https://protobuf.dev/programming-guides/encoding/), so it can be read on any machine.
+# compiled program beside it, with its named scopes. Together they give the same table of components, measured. XProf's
+# own table, `hlo_stats`, is empty for a trace of a CPU. So the file, a
+# [protocol buffer](https://protobuf.dev/programming-guides/encoding/), is read here.
 
 
 # %% The program in a trace
-def varint(data, i):
-    """Returns (integer, index after it): seven bits a byte, the lowest first."""
-    value = shift = 0
-    while data[i] & 128:
-        value, shift, i = value | (data[i] & 127) << shift, shift + 7, i + 1
-    return value | data[i] << shift, i + 1
+def fields(data):
+    """Yields (number, value) of the fields of a protocol buffer: integers, or bytes of strings and of messages."""
+    i = 0
 
+    def varint():  # seven bits a byte, the lowest first
+        nonlocal i
+        start = i
+        while data[i] & 128:
+            i += 1
+        i += 1
+        return sum((byte & 127) << 7 * n for n, byte in enumerate(data[start:i]))
 
-def message(data):
-    """Returns {field: [values]} of a protocol buffer: integers, or bytes of strings and of messages."""
-    fields, i = collections.defaultdict(list), 0
     while i < len(data):
-        key, i = varint(data, i)
-        if key & 7 == 0:
-            value, i = varint(data, i)
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
         else:
-            size, i = varint(data, i) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], i)
-            value, i = data[i : i + size], i + size
-        fields[key >> 3].append(value)
-    return fields
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            i += size
+            yield number, data[i - size : i]
 
 
-def traced_program(data):
-    """Returns the HloModuleProto, a message, of the train step in an XSpace. Fields are numbered in xplane.proto."""
-    for plane in map(message, message(data)[1]):
-        for entry in plane[4] if plane[2] == [b"/host:metadata"] else ():
-            event = message(message(entry)[2][0])
-            for proto in (proto for stat in map(message, event[5]) for proto in stat[6]):
-                if event[2][0].startswith(b"jit_train_step"):
-                    return message(message(proto)[1][0])
-    return message(b"")
+def inside(data, number, *path):
+    """Yields the values at a path of field numbers in a protocol buffer."""
+    for value in (value for field, value in fields(data) if field == number):
+        yield from inside(value, *path) if path else [value]
 
 
 def traced_components(data):
-    """Returns {instruction: (component, direction)} of an XSpace's train step. Fields are numbered in hlo.proto."""
+    """Returns {instruction: (component, direction)} of the train step in the bytes of a trace.
+
+    The fields are numbered in xplane.proto and, from HloProto on, in hlo.proto.
+    """
     components = {}
-    for x in (message(x) for computation in traced_program(data)[3] for x in message(computation)[2]):
-        scope = b"".join(message(b"".join(x[7]))[2]).decode()
-        target = b"".join(x[28]).decode()  # of a custom call
-        name, opcode = x[1][0].decode(), x[2][0].decode()
-        components[name] = component(Instruction(name, "", opcode, f'{target} op_name="{scope}"'))
+    for event in inside(data, 1, 4, 2):  # plane, event_metadata, its value
+        if b"".join(inside(event, 2)).startswith(b"jit_train_step"):
+            for x in inside(event, 5, 6, 1, 3, 2):  # stat, HloProto, module, computation, instruction
+                texts = [b"".join(inside(x, *path)).decode() for path in ((1,), (2,), (28,), (7, 2))]
+                name, opcode, target, scope = texts
+                components[name] = component(Instruction(name, "", opcode, f'{target} op_name="{scope}"'))
     return components
 
 
 # %% [markdown]
-# A TPU has a line of programs and a line of their instructions. A CPU or a GPU has a line for each thread or stream,
-# and instructions that run at the same time share the time. A CPU gives a matmul to a pool of threads, and the trace
-# shows only the call. So the gap after the call belongs to the matmul.
+# An instruction runs until the next one begins. On an accelerator it ends before that, if the device is idle. On a CPU it
+# does not: there a pool of threads does a matmul, and the trace shows only its call.
 
 
 # %% Events of a trace
-def tpu_events(plane, lines):
-    """Returns [(start, end, thread, instruction)] of the train steps in [(line, its events)] of a TPU; nanoseconds."""
-    modules, ops = (dict(lines).get(name, []) for name in ("XLA Modules", "XLA Ops"))
-    steps = [e for e in modules if e.name.startswith("jit_train_step")]
-    ops = [e for e in ops if any(step.start_ns <= e.start_ns < step.end_ns for step in steps)]
-    return [(e.start_ns, e.end_ns, plane, re.match(r"%?([\w.-]+)", e.name)[1]) for e in ops]
+def step_events(name, lines):
+    """Returns {run: [(start, end, instruction)]} of the train steps in a plane of a trace; nanoseconds.
+
+    lines: [(name, [event])]. A TPU has a line of programs and one of their instructions; a CPU and a GPU have a line
+    for each thread or stream, and an instruction says which program it belongs to.
+    """
+    runs, by_name = collections.defaultdict(list), dict(lines)
+    if name.startswith("/device:TPU"):
+        for step in (e for e in by_name.get("XLA Modules", []) if e.name.startswith("jit_train_step")):
+            inside_it = (e for e in by_name.get("XLA Ops", []) if step.start_ns <= e.start_ns < step.end_ns)
+            runs[step.start_ns] = [(e.start_ns, e.end_ns, re.match(r"%?([\w.-]+)", e.name)[1]) for e in inside_it]
+        return runs
+    for e in (e for _, line in lines for e in line):
+        facts = {key: value for key, value in e.stats if key in ("hlo_op", "hlo_module", "run_id")}
+        if facts.get("hlo_module", "").startswith("jit_train_step"):
+            runs[facts.get("run_id")].append((e.start_ns, e.end_ns, facts["hlo_op"]))
+    return runs
 
 
-def thread_events(plane, lines):
-    """Returns the same of a CPU or a GPU."""
-    runs = collections.defaultdict(list)
-    for i, (_, line) in enumerate(lines):
-        for e in line:
-            facts = {name: value for name, value in e.stats if name in ("hlo_op", "hlo_module", "run_id")}
-            if facts.get("hlo_module", "").startswith("jit_train_step"):
-                runs[facts.get("run_id")].append((e.start_ns, e.end_ns, f"{plane} {i}", facts["hlo_op"]))
-    return [e for run in runs.values() for e in run + (pool_events(run) if plane == "/host:CPU" else [])]
-
-
-def pool_events(events):
-    """Returns events for the gaps in one run of a program on a CPU, by the last matmul before each."""
-    gaps, latest, matmul = [], None, None
-    for start, end, _, name in sorted(events):
-        if matmul and start > latest:
-            gaps.append((latest, start, "pool", matmul))
-        matmul = name if re.match("dot|conv|ynn", name) else matmul
-        latest = max(end, latest or end)
-    return gaps
-
-
-def shared_time(events):
-    """Returns {instruction: nanoseconds}: each moment goes to the innermost event of each thread, in equal parts."""
-    times, threads, last = collections.Counter(), collections.defaultdict(list), 0
-    moments = [(e[0], 1, i) for i, e in enumerate(events)] + [(e[1], 0, i) for i, e in enumerate(events)]
-    for now, opens, i in sorted(moments):
-        busy = [stack[-1] for stack in threads.values() if stack]
-        for j in busy:
-            times[events[j][3]] += (now - last) / len(busy)
-        stack, last = threads[events[i][2]], now
-        if opens:
-            stack.append(i)
-        else:
-            stack.remove(i)
+def times_of(events, pool=False):
+    """Returns {instruction: nanoseconds} of a run: each until the next one begins or, without a pool, until its end."""
+    times, events = collections.Counter(), sorted(events)
+    for (start, end, name), (after, *_) in itertools.pairwise([*events, (max(e[1] for e in events),)]):
+        times[name] += max(after - start, 0) if pool else min(after, end) - start
     return times
 
 
 # %% Trace
 def read_trace(run_dir):
     """Returns ({(component, direction): seconds a step}, seconds a step, steps) of the newest trace in a run folder."""
-    paths, events, steps = sorted(Path(run_dir).glob("profile/plugins/profile/*/*.xplane.pb")), [], 0
+    paths, runs, steps = sorted(Path(run_dir).glob("profile/plugins/profile/*/*.xplane.pb")), {}, 0
     if not paths:
         raise InputError(f"trace={str(run_dir)!r}: holds no trace; train with profile_steps above 0")
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # jax's reader warns about itself
         for plane in jax.profiler.ProfileData.from_file(str(paths[-1])).planes:
-            lines = [(line.name, list(line.events)) for line in plane.lines]  # two threads may have the same name
+            lines = [(line.name, list(line.events)) for line in plane.lines]
             steps += sum(event.name == "train" for _, line in lines for event in line)
-            events += (tpu_events if plane.name.startswith("/device:TPU") else thread_events)(plane.name, lines)
-    if not (events and steps):
+            found = step_events(plane.name, lines)
+            if found and (not runs or plane.name.startswith("/device") and not where.startswith("/device")):
+                runs, where = found, plane.name  # of several chips, the first
+    if not (runs and steps):
         raise InputError(f"trace={str(run_dir)!r}: holds a trace without train steps")
     components, parts = traced_components(paths[-1].read_bytes()), collections.Counter()
-    for name, nanoseconds in shared_time(events).items():
-        parts[components.get(name, ("other", "forward"))] += nanoseconds / 1e9 / steps
-    return parts, (max(e[1] for e in events) - min(e[0] for e in events)) / 1e9 / steps, steps
+    for events in runs.values():
+        for name, nanoseconds in times_of(events, where == "/host:CPU").items():
+            parts[components.get(name, ("other", "forward"))] += nanoseconds / 1e9 / steps
+    moments = [moment for events in runs.values() for e in events for moment in e[:2]]
+    return parts, (max(moments) - min(moments)) / 1e9 / steps, steps
 
 
 def describe_trace(run_dir, estimates):
     """Prints where the time of the traced steps went, beside {topology: parts} of estimates."""
     parts, seconds, steps = read_trace(run_dir)
-    busy = sum(parts.values())
-    print(f"trace   {steps} steps of {1e3 * seconds:.1f} ms, of which train_step runs {1e3 * busy:.1f} ms")
+    print(f"trace   {steps} steps of {1e3 * seconds:.1f} ms, of which train_step runs {1e3 * sum(parts.values()):.1f} ms")
     show_parts({**{f"{name}, estimate": table for name, table in estimates.items()}, "measured": parts})
 
 
@@ -776,15 +682,11 @@ args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(step.
 results = [*shardings[:donated], *[replicated] * (len(step.out_avals) - donated)] if donated else None
 try:
     compiled = jax.jit(step.call, donate_argnums=range(donated), out_shardings=results).lower(*args).compile()
+    memory = compiled.memory_analysis()
+    answer = [compiled.as_text(), memory.peak_memory_in_bytes, memory.argument_size_in_bytes]
+    (folder / "answer").write_text(json.dumps(answer))
 except jax.errors.JaxRuntimeError as error:
     (folder / "error").write_text(str(error))
-else:
-    memory = compiled.memory_analysis()
-    (folder / "memory").write_text(json.dumps([memory.peak_memory_in_bytes, memory.argument_size_in_bytes]))
-    try:
-        (folder / "program").write_text(compiled.as_text())
-    except jax.errors.JaxRuntimeError:  # jax 0.10 has failed on what libtpu 0.0.52 compiles
-        (folder / "error").write_text(f"jax {jax.__version__} and this libtpu do not match: pip install 'jax[tpu]'")
 """
 COMPILER_ENVIRONMENT = {  # libtpu asks no server which TPU this is, and other processes may use the compiler, too
     "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -809,22 +711,23 @@ def own_libtpu():
     Raises InputError if pip fails.
     """
     needed = [name for name in importlib.metadata.requires("jax") or () if name.startswith("libtpu")]
-    if not needed:
-        raise InputError("this jax does not name its libtpu; set TPU_LIBRARY_PATH to a libtpu.so")
-    package = needed[0].partition(";")[0].strip()
+    package = (needed or ["libtpu"])[0].partition(";")[0].strip()
     folder = Path.home() / ".cache" / "tpuchat" / re.sub(r"[^\w.]+", "-", package).strip(".-")
-    if folder.exists():
-        return folder / "libtpu" / "libtpu.so"
-    print(f"installing {package} into {folder}, beside the runtime", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{partial}/new"]
-        done = subprocess.run([*command, package], env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True)
-        if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise InputError(f"cannot install {package} ({words}); check the network: pip download {package!r}")
-        os.replace(f"{partial}/new", folder)
+    if not folder.exists():
+        print(f"installing {package} into {folder}, beside the runtime", flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as partial:
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{partial}/new", package]
+            done = subprocess.run(command, env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True)
+            if done.returncode:
+                words = last_line(done.stderr)
+                raise InputError(f"cannot install {package} ({words}); check the network: pip download {package!r}")
+            os.replace(f"{partial}/new", folder)
     return folder / "libtpu" / "libtpu.so"
+
+
+def last_line(text):
+    return (text.strip().splitlines() or ["no word"])[-1]
 
 
 def run_compiler(folder, arguments, flags=""):
@@ -839,7 +742,7 @@ def run_compiler(folder, arguments, flags=""):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if (folder / "works").exists():
             return done
-        words = (done.stderr.strip().splitlines() or ["no word"])[-1][:100]
+        words = last_line(done.stderr)[:100]
         print(f"the installed libtpu compiles nothing here (exit status {done.returncode}: {words})", flush=True)
     environment["TPU_LIBRARY_PATH"] = os.environ["TPU_LIBRARY_PATH"] = str(own_libtpu())  # for later programs, too
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -880,9 +783,9 @@ def compile_for(topology, step, args, donated=0, mesh=(1, 1), bundles=None):
             raise CompileError((folder / "error").read_text())
         if done.returncode:
             fatal = re.search(r"^F\d{4} .*?\] (.*)", done.stderr, re.M)
-            words = fatal[1] if fatal else (done.stderr.strip().splitlines() or ["no word"])[-1]
+            words = fatal[1] if fatal else last_line(done.stderr)
             raise CompileError(f"the compiler itself crashed (another device_batch_size may do): {words}")
-        return Compiled((folder / "program").read_text(), *json.loads((folder / "memory").read_text()))
+        return Compiled(*json.loads((folder / "answer").read_text()))
 
 
 def compile_step(config, topology):
@@ -894,7 +797,7 @@ def compile_step(config, topology):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     state = jax.tree.map(lambda x: place(x, *nb.weight_spec(config, x.shape)), nb.state_shapes(config))
-    tokens = place(jax.ShapeDtypeStruct(config.batch_shape, np.int32), None, nb.ROWS)
+    tokens = place(jax.ShapeDtypeStruct(config.batch_shape, "int32"), None, nb.ROWS)
     leaves, tree = jax.tree.flatten((state, tokens, tokens))
 
     def step(*leaves):
@@ -921,7 +824,7 @@ def attention_kernels(config, chip):
             compile_for(chip, step, shapes, bundles=folder)
             for path in Path(folder).glob("*[0-9]-final_bundles.txt"):
                 if name := KERNEL.search(path.name):
-                    one = head_seconds(read_bundles(path), chip, *blocks)
+                    one = head_seconds(path.read_text(errors="replace"), chip, *blocks)
                     seconds[name[0], window] = config.device_batch_size * N * one
     return seconds
 
@@ -945,47 +848,30 @@ def explain(error):
 
 # %% Report cellView="form"
 # @title Report
-def describe_memory(config, topology, compiled):
-    """Prints the peak of a step on each chip, and what it consists of."""
+def describe(config, chip, compiled, answer, rate, mfu):
+    """Prints the memory of a step on each chip, its time, what they mean for the run, and where the time goes."""
     weights = 4 * subject(config).count_params(config)["total"] // config.mesh_shape[1]
     parts = {"weights": weights, "moments": 2 * weights, "the rest of the arguments": compiled.arguments - 3 * weights}
     parts |= {"accumulated gradients": weights} if config.grad_accum_steps > 1 else {}
     parts["activations, gradients, bfloat16 weights"] = compiled.peak - sum(parts.values())
     split = ", ".join(f"{size / 2**30:.2f} {name}" for name, size in parts.items() if size > 2**30 / 200)
-    hbm, each = CHIPS[topology.partition(":")[0]].hbm, "on each chip " if config.devices > 1 else ""
-    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {hbm / 2**30:.2f} {each}at its peak: {split}")
-
-
-def describe_time(config, topology, answer):
-    """Prints what the time of a step means for the run. Returns tokens a second of all chips, and MFU."""
-    chip, steps, tokens = CHIPS[topology.partition(":")[0]], config.total_steps, config.tokens_per_step
-    rate, run = tokens / answer.seconds, datetime.timedelta(seconds=round(steps * answer.seconds))
-    mfu = subject(config).flops_per_token(config) * rate / chip.flops / config.devices
+    each, alone = "on each chip " if config.devices > 1 else "", config.devices == 1
+    print(f"memory  {compiled.peak / 2**30:.2f} GiB of {chip.hbm / 2**30:.2f} {each}at its peak: {split}")
+    steps, tokens, hours = config.total_steps, config.tokens_per_step, config.total_steps * answer.seconds / 3600
     each = f", {rate / config.devices:,.0f} a chip" if config.devices > 1 else ""
     print(f"time    {answer.seconds * 1e3:.1f} ms a step of {tokens:,} tokens: {rate:,.0f} tok/s{each}, MFU {mfu:.1%}")
     print(f"        (6 FLOPs a matmul weight, 12·N·H a visible key; of {chip.flops / 1e12:.0f} TFLOP/s)")
-    credits = (chip.credits or 0) * run.total_seconds() / 3600
-    price = f", {credits:,.1f} credits, ${credits * DOLLARS_PER_CREDIT:,.2f}" if credits and config.devices == 1 else ""
-    print(f"run     {steps:,} steps, {steps * tokens / 1e9:,.2f}B tokens: {run}{price}; evaluations, samples and "
-          "compilation not included")  # fmt: skip
-    return rate, mfu
-
-
-def describe_waits(topology, answer):
-    """Prints how long the chips of a slice send each other data, and the collectives that they wait for longest."""
-    if not answer.waits:
-        return
-    groups = collections.defaultdict(list)
-    for wait in answer.waits:
-        groups[wait.first.collective].append(wait)
-    sent = sum(wait.first.times * wait.seconds for wait in answer.waits)
-    print(f"send    {1e3 * sent:.2f} ms a step, of which {1e3 * answer.exposed:.2f} are not beside arithmetic: "
-          f"{answer.exposed / answer.seconds:.1%} of the step; links of "
-          f"{CHIPS[topology.partition(':')[0]].link / 1e9:.0f} GB/s one way")  # fmt: skip
-    exposed = {c: 1e3 * sum(wait.first.times * wait.exposed for wait in same) for c, same in groups.items()}
-    for c in sorted(groups, key=exposed.get, reverse=True)[:4]:
-        print(f"{exposed[c]:12.2f} ms exposed: {sum(wait.first.times for wait in groups[c])} × {c.kind} of "
-              f"{c.size / 1e6:,.1f} MB over {c.chips} chips, {1e3 * groups[c][0].seconds:.2f} ms each")  # fmt: skip
+    price = f", ${hours * chip.dollars:,.2f} in Colab" if chip.dollars and alone else ""
+    print(f"run     {steps:,} steps, {steps * tokens / 1e9:,.2f}B tokens: {hours:,.2f} hours{price}; evaluations, samples "
+          "and compilation not included")  # fmt: skip
+    if answer.sent:
+        print(f"send    {1e3 * answer.sent:.2f} ms a step, of which {1e3 * answer.exposed:.2f} are not beside arithmetic: "
+              f"{answer.exposed / answer.seconds:.1%} of the step; links of {chip.link / 1e9:.0f} GB/s one way")  # fmt: skip
+    show_parts({"estimate": answer.parts})
+    print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
+    print("kernels are counted from their bundles; copies that run beside arithmetic are not counted")
+    if names := sorted(answer.uncounted):
+        print(f"NOT counted but for their bytes: the kernels {', '.join(names[:4])}, {len(names)} in all")
 
 
 def show_parts(tables):
@@ -1003,15 +889,6 @@ def show_parts(tables):
         print(line)
 
 
-def describe_parts(answer):
-    """Prints the time of each component, and what the table leaves out."""
-    show_parts({"estimate": answer.parts})
-    print("AdamW runs inside the matmuls of the gradients where the compiler fuses it: there it counts as theirs")
-    print("kernels are counted from their bundles; copies that run beside arithmetic are not counted")
-    if names := sorted(answer.uncounted):
-        print(f"NOT counted but for their bytes: the kernels {', '.join(names[:4])}, {len(names)} in all")
-
-
 def compare(reports):
     """Prints a line for each of {topology: what preflight returned}."""
     print(f"{'':>12}{'ms a step':>12}{'tok/s':>14}{'MFU':>8}{'GiB a chip':>12}")
@@ -1023,34 +900,8 @@ def compare(reports):
             print(f"{topology:>12}  {report['reason']}")
 
 
-# %% Pictures cellView="form"
-# @title Pictures
-def save(figure, path):
-    """Saves a figure, prints its path and returns it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"picture {path}", flush=True)
-    return path
-
-
-def plot_parts(parts, title, path):
-    """Draws milliseconds of each component, forward and backward, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes, left, names = figure.subplots(), 0, list(dict.fromkeys(name for name, _ in parts))
-    for direction in ("forward", "backward"):
-        width = np.array([1e3 * parts.get((name, direction), 0) for name in names])
-        axes.barh(names, width, left=left, label=direction)
-        left = left + width
-    axes.set_xlabel("ms a step, estimate")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    return save(figure, path)
-
-
 def plot_scaling(tables, chip, path):
-    """Draws tokens a second against chips, with the straight line of perfect scaling."""
+    """Draws tokens a second against chips, with the straight line of perfect scaling. Returns the path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -1064,7 +915,10 @@ def plot_scaling(tables, chip, path):
         panel.set_xticks(chips, chips)
         panel.set_title(f"{rows[0]['tokens']:,} tokens {constant}", fontsize=10)
         panel.legend(fontsize=8)
-    return save(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"picture {path}", flush=True)
+    return path
 
 
 # %% Command line cellView="form"
@@ -1088,12 +942,12 @@ def parse_command(argv):
 
     parser.error = refuse
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    options, fields = parser.parse_known_args(argv[len(words) :])
+    options, rest = parser.parse_known_args(argv[len(words) :])
     if options.help:
         parser.print_help()
     notebook = words.pop(0) if words and words[0].endswith(".py") else "02_train.py"
     topologies = words or ["v6e"] * (not (options.scaling or options.trace))
-    return notebook, expand(topologies), options, ["--help"] if options.help else fields
+    return notebook, expand(topologies), options, ["--help"] if options.help else rest
 
 
 def expand(words):
@@ -1119,9 +973,9 @@ def first_config(nb, options):
 def main(argv):
     """Does what the command line asks. Returns the exit status; a wrong option is one line on stderr, and 2."""
     try:
-        notebook, topologies, options, fields = parse_command(argv)
+        notebook, topologies, options, rest = parse_command(argv)
         nb = load_notebook(notebook)
-        config = nb.parse_args(fields, first_config(nb, options))
+        config = nb.parse_args(rest, first_config(nb, options))
         reports = {name: preflight(config, name) for name in topologies}
         if len(reports) > 1:
             compare(reports)
@@ -1160,20 +1014,16 @@ nb = load_notebook(NOTEBOOK)
 config = nb.parse_args(shlex.split(OPTIONS), nb.Config())
 
 # %% Ask the compiler tags=["run"]
-from IPython.display import Image, display
-
 TOPOLOGIES = "v6e"  # @param {type: "string"}
 reports = {name: preflight(config, name) for name in expand(TOPOLOGIES.split())}
 compare(reports)
-for report in reports.values():
-    if report["fits"]:
-        display(Image(str(report["picture"])))
 
 # %% Several chips tags=["run"]
+from IPython.display import Image, display
+
 SCALING = ""  # @param ["", "v6e", "v5e"]
 if SCALING:
-    scaling(config, SCALING)
-    display(Image(str(Path(config.run_dir).parent / f"scaling-{SCALING}.png")))
+    display(Image(str(scaling(config, SCALING)[1])))
 
 # %% What a run did tags=["run"]
 TRACE = ""  # @param {type: "string"}

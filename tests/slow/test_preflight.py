@@ -399,16 +399,20 @@ def test_collectives(preflight, program):
 
 
 def test_only_what_arithmetic_does_not_hide_is_waited_for(preflight, program):
-    """The gather begins at its update, not at its start; the sum after it waits for the links, and the chip for it."""
-    gather = preflight.link_seconds(*program["gather.call-start"].collective, "v6e", 8)
+    """The gather begins at its update, not at its start. A second one waits for the links, and the chip for both."""
+    needs = preflight.link_seconds(*program["gather.call-start"].collective, "v6e", 8)
 
     def exposed(between):
         seconds = [{"before": 1.0, "between": between}.get(name, 0.0) for name in program]
         return [waited for _, _, waited in preflight.waits(program.values(), seconds, "v6e", 8)]
 
-    assert math.isclose(exposed(0.0)[0], gather) and math.isclose(exposed(0.25 * gather)[0], 0.75 * gather)
-    hidden = exposed(2 * gather)
+    assert math.isclose(exposed(0.0)[0], needs) and math.isclose(exposed(0.25 * needs)[0], 0.75 * needs)
+    hidden = exposed(2 * needs)
     assert hidden[0] == 0 and hidden[1] > 0 and hidden[2] > 0
+    start, update, done = (program[f"gather.call-{word}"] for word in ("start", "update", "done"))
+    second = start._replace(name="b.call-start", rest="%p0), to_apply=%aside"), done._replace(name="b.call-done")
+    both = preflight.waits([start, update, second[0], done, second[1]], [0.0] * 5, "v6e", 8)
+    assert [waited for _, _, waited in both] == pytest.approx([needs, needs])
 
 
 def test_the_trace_of_a_run(preflight, finished, capsys):

@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -337,8 +338,7 @@ def preflight(config, topology="v6e"):
         print(f"does not compile: {reason}")
         batch = smaller_batch(config, topology, needed) if needed else None
         return {"fits": False, "reason": reason, "device_batch_size": batch}
-    rate = config.tokens_per_step / answer.seconds
-    chip = CHIPS[parse_topology(topology)[0]]
+    rate, chip = config.tokens_per_step / answer.seconds, CHIPS[parse_topology(topology)[0]]
     mfu = nb.flops_per_token(config) * rate / chip.flops / config.devices
     describe(config, chip, compiled, answer, rate, mfu)
     return {"fits": True, "peak": compiled.peak, "tokens_per_second": rate, "mfu": mfu, **answer._asdict()}
@@ -446,7 +446,8 @@ def read_trace(run_dir):
     """Returns ({(component, direction): seconds a step}, seconds a step, steps) of the newest trace in a run folder."""
     paths = sorted(Path(run_dir).glob("profile/plugins/profile/*/*.xplane.pb"))
     planes = jax.profiler.ProfileData.from_file(str(paths[-1])).planes if paths else ()
-    found = {p.name: step_events(p.name, [(line.name, list(line.events)) for line in p.lines]) for p in planes}
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # jax 0.7.2's reader warns about itself
+        found = {p.name: step_events(p.name, [(line.name, list(line.events)) for line in p.lines]) for p in planes}
     plane = min((name for name, events in found.items() if events), default=None)  # the first device, or the host
     if plane is None:
         raise InputError(f"trace={str(run_dir)!r}: holds no trace of train steps; train with profile_steps above 0")
@@ -616,8 +617,7 @@ def attention_kernels(config, chip):
             y, pullback = jax.vjp(lambda *qkv: nb.attend(alone, *qkv, T, window), q, k, v)
             return y, *pullback(g)
 
-        splash = config.attn_impl == "splash"
-        blocks = grid(T, min(T, config.splash_block_size), window) if splash else (1, 1, N // K)
+        blocks = grid(T, min(T, config.splash_block_size), window) if config.attn_impl == "splash" else (1, 1, N // K)
         with tempfile.TemporaryDirectory() as folder:
             compile_for(chip, step, shapes, bundles=folder)
             for path in Path(folder).glob("*[0-9]-final_bundles.txt"):

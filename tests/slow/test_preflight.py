@@ -315,7 +315,7 @@ ENTRY %main (p0: bf16[512,256], p1: bf16[256,128], p2: f32[4096,128], p3: s32[16
   %between = f32[256]{0} negate(%before)
   %gather.call-done = bf16[1024,1024]{1,0} call-done(%gather.call-update)
   %all-reduce.9 = f32[256]{0} all-reduce(%between), replica_groups=[4,4]<=[16], to_apply=%add
-  ROOT %scattered = f32[128,128]{1,0} reduce-scatter(%p1), replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
+  ROOT %scattered = f32[128,128]{1,0} reduce-scatter(%p1), replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add, backend_config={"estimated_cycles":"400"}
 }
 """
 

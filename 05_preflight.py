@@ -283,9 +283,9 @@ Estimate = collections.namedtuple("Estimate", "seconds parts sent exposed uncoun
 
 
 def estimate(text, topology, windows, kernels):
-    """Returns the Estimate of a compiled program: its seconds; parts, {(component, 'forward' | 'backward'): seconds};
-    those in which chips send, and in which they wait for it; kernels that {(kernel, window): seconds a layer} lacks.
-    A scope names its layer: layer_03 sees windows[3] tokens."""
+    """Returns the Estimate of a compiled program. parts: {(component, 'forward' | 'backward'): seconds}; sent, exposed:
+    seconds in which chips send, and in which they wait for it; uncounted: kernels that are not in `kernels`, a
+    {(kernel, window): seconds a layer}. A scope names its layer: layer_03 sees windows[3] tokens."""
     (chip, chips), instructions = parse_topology(topology), execution_order(text)
     parts, uncounted, seconds = collections.Counter(), [], []
     for x in instructions:
@@ -334,10 +334,9 @@ def preflight(config, topology="v6e"):
     try:
         compiled, answer = compile_and_estimate(config, topology)
     except CompileError as error:
-        reason, needed = explain(error)
+        reason, size = explain(error)
         print(f"does not compile: {reason}")
-        batch = smaller_batch(config, topology, needed) if needed else None
-        return {"fits": False, "reason": reason, "device_batch_size": batch}
+        return {"fits": False, "reason": reason, "device_batch_size": size and smaller_batch(config, topology, size)}
     rate, chip = config.tokens_per_step / answer.seconds, CHIPS[parse_topology(topology)[0]]
     mfu = nb.flops_per_token(config) * rate / chip.flops / config.devices
     describe(config, chip, compiled, answer, rate, mfu)
@@ -361,9 +360,8 @@ def smaller_batch(config, topology, needed):
 # %% [markdown]
 # ## Scaling
 #
-# More chips do more tokens a second, but not in proportion. Here each chip keeps its tokens (*weak scaling*).
-# *Efficiency* is the tokens a second of each chip, over those of one chip alone. It can exceed 100%: the state is
-# sharded over all chips ([ZeRO](https://arxiv.org/abs/1910.02054)), and AdamW's work with it.
+# Each chip keeps its tokens (*weak scaling*). *Efficiency*, the tokens a second of each chip over those of one alone,
+# can exceed 100%: the state is sharded over all ([ZeRO](https://arxiv.org/abs/1910.02054)), and AdamW's work with it.
 
 
 # %% Scaling
@@ -545,8 +543,10 @@ def find_libtpu():
     """Returns {} if the libtpu that this jax asks for is installed, else {'TPU_LIBRARY_PATH': one in ~/.cache/tpuchat}.
     Another version may crash where no TPU is, as that of Colab's TPU runtime does. Raises InputError if pip fails."""
     package = next(x for x in importlib.metadata.requires("jax") if x.startswith("libtpu")).partition(";")[0].strip()
-    installed = [x.version for x in importlib.metadata.distributions(name="libtpu")]
-    if "TPU_LIBRARY_PATH" in os.environ or installed and f"{installed[0]}.".startswith(package[8:].rstrip("*")):
+    spec, path = importlib.util.find_spec("libtpu"), os.environ.get("TPU_LIBRARY_PATH")
+    theirs = spec and str(Path(spec.origin).with_name("libtpu.so"))  # an import of jax sets the variable to it
+    installed = importlib.metadata.version("libtpu") if spec else ""
+    if path not in (None, theirs) or f"{installed}.".startswith(package[8:].rstrip("*")):
         return {}
     folder = Path.home() / ".cache" / "tpuchat" / package.replace("==", "-").rstrip(".*")
     if not folder.exists():

@@ -228,9 +228,10 @@ def test_the_libtpu_that_jax_asks_for(preflight, monkeypatch, tmp_path):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
-    def find(*installed, pip):
-        there = [SimpleNamespace(version=version) for version in installed]
-        monkeypatch.setattr(preflight.importlib.metadata, "distributions", lambda name: there)
+    def find(installed=None, pip=None):
+        there = SimpleNamespace(origin="/there/libtpu/__init__.py") if installed else None
+        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: there)
+        monkeypatch.setattr(preflight.importlib.metadata, "version", lambda name: installed)
         monkeypatch.setattr(preflight.subprocess, "run", pip)
         return preflight.find_libtpu()
 
@@ -238,13 +239,15 @@ def test_the_libtpu_that_jax_asks_for(preflight, monkeypatch, tmp_path):
         os.makedirs(command[command.index("--target") + 1])
         return SimpleNamespace(returncode=command[-1] != "libtpu==0.0.4.*")
 
-    assert find("0.0.4.1", pip=None) == find("0.0.4", pip=None) == {}
+    assert find("0.0.4.1") == find("0.0.4") == {}
     with pytest.raises(preflight.InputError, match=r"cannot install libtpu==0.0.4.\*; check the network"):
         find(pip=lambda command: SimpleNamespace(returncode=1))
     ours = {"TPU_LIBRARY_PATH": f"{tmp_path}/.cache/tpuchat/libtpu-0.0.4/libtpu/libtpu.so"}
-    assert find("0.0.42", pip=install) == find("0.0.42", pip=None) == ours  # the next program finds it there
+    assert find("0.0.42", pip=install) == find("0.0.42") == find() == ours  # the next program finds it there
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/there/libtpu/libtpu.so")  # as an import of jax does
+    assert find("0.0.42") == ours
     monkeypatch.setenv("TPU_LIBRARY_PATH", "mine")
-    assert find("0.0.42", pip=None) == {}
+    assert find("0.0.42") == find() == {}
 
 
 @pytest.mark.colab

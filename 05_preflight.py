@@ -647,8 +647,7 @@ def describe(config, chip, compiled, answer, rate, mfu):
     each = f", {rate / config.devices:,.0f} a chip" if several else ""
     print(f"time    {1e3 * answer.seconds:.1f} ms a step of {tokens:,} tokens: {rate:,.0f} tok/s{each}, MFU {mfu:.1%}")
     hours = steps * answer.seconds / 3600
-    credits = hours * (chip.credits or 0)
-    price = f", {credits:,.1f} credits, ${credits * 50 / 600:,.2f}" if credits and not several else ""
+    price = f", {c:,.1f} credits, ${c * 50 / 600:,.2f}" if (c := hours * (chip.credits or 0)) and not several else ""
     print(f"run     {steps:,} steps, {steps * tokens / 1e9:,.2f}B tokens: {hours:,.2f} hours{price}, of training alone")
     if several:
         sent, exposed, share = 1e3 * answer.sent, 1e3 * answer.exposed, answer.exposed / answer.seconds

@@ -1707,7 +1707,8 @@ if IN_NOTEBOOK:
 # arrives, step 90 is done; throughput is measured between two such moments. Only an
 # evaluation, a sample, a save or a trace lets the queue run empty; that time is not counted as training.
 #
-# `Training` (Part II) is all that surrounds the loop: data, run folder, log, checkpoints, trace.
+# `Training` (Part II) is all that surrounds the loop: data, run folder, log, checkpoints, trace. Between steps
+# `run.state` is whole: whatever is raised there, `Training` saves it first.
 
 
 # %% Train tags=["shared"]
@@ -2758,7 +2759,7 @@ def open_run(config, data=None):
             return run, path, unused.pop_all()
 
 
-def open_run_together(config, data):
+def open_run_together(config, data=None):
     """open_run by the first process, for all. Raises InputError if another one does not see the folder."""
     run, checkpoint, lock = open_run(config, data) if is_first() else ("", None, contextlib.ExitStack())
     if jax.process_count() > 1:

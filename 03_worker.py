@@ -2886,7 +2886,7 @@ def open_run(config, data=None):
             return run, path, unused.pop_all()
 
 
-def open_run_together(config, data):
+def open_run_together(config, data=None):
     """open_run by the first process, for all. Raises InputError if another one does not see the folder."""
     run, checkpoint, lock = open_run(config, data) if is_first() else ("", None, contextlib.ExitStack())
     if jax.process_count() > 1:

@@ -141,8 +141,10 @@ def keep_writable(stream):
 
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
-    for stream in (sys.stdout, sys.stderr):
-        keep_writable(stream)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        keep_writable(getattr(sys, name))
 
 
 def progress_bar(*args, **options):

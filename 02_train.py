@@ -159,8 +159,10 @@ def keep_writable(stream):
 
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
-    for stream in (sys.stdout, sys.stderr):
-        keep_writable(stream)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        keep_writable(getattr(sys, name))
 
 
 def progress_bar(*args, **options):
@@ -265,7 +267,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small prog
 # The numbers must not depend on what the environment says. (Dtypes are written down: x64 changes nothing.)
 for name, value in {
     "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
-    "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow",
+    "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow", "jax_transfer_guard": "allow",
+    "jax_disable_jit": False, "jax_raise_persistent_cache_errors": False,
 }.items():  # fmt: skip
     jax.config.update(name, value)
 
@@ -538,7 +541,7 @@ class BaseConfig:
         asked = os.environ.get("JAX_PLATFORMS", "")
         try:
             backend = jax.default_backend()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise InputError(f"JAX_PLATFORMS={asked}: {first_line(error)}; unset it to take what is here") from error
         rule = "is there, but jax does not have it: end the process that holds it (restart the runtime), or install "
         rule += "jax[tpu]; JAX_PLATFORMS=cpu trains the demo without it"
@@ -1719,8 +1722,8 @@ def due(step, interval):
 
 def work_after(config, done):
     """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
-    intervals = {"evaluate": config.eval_interval, "sample": config.sample_interval, "save": config.save_interval}
-    return [name for name, interval in intervals.items() if due(done, interval) or done == config.total_steps]
+    intervals = config.eval_interval, config.sample_interval, config.save_interval
+    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
 
 
 def train(config, report=None):
@@ -2435,7 +2438,11 @@ def host_copy(run_dir, state):
     for x in arrays.values():
         x.copy_to_host_async()
     arrays = {name: np.array(all_gather(x)) for name, x in arrays.items()}  # one by one: the largest bounds the memory
-    return arrays, {name: (run_dir / name).read_bytes() for name in LOGS if (run_dir / name).exists()}
+    logs = {}
+    for name in LOGS:
+        with contextlib.suppress(OSError):  # it is not there yet, or cannot be read: no reason not to save
+            logs[name] = (run_dir / name).read_bytes()
+    return arrays, logs
 
 
 def save_checkpoint(run_dir, config, state, **meta):
@@ -2462,7 +2469,7 @@ def write_checkpoint(run_dir, config, arrays, logs, meta):
         (folder / "meta.json").write_text(text, encoding="utf-8")
 
     final = write_folder(run_dir / "checkpoints" / f"step_{int(arrays['step']):08d}", fill)
-    drop_old_checkpoints(run_dir, config.keep_checkpoints)
+    drop_old_checkpoints(final, config.keep_checkpoints)
     return final
 
 
@@ -2481,7 +2488,9 @@ def write_folder(final, fill):
         return temporary.rename(final)
     except Exception as error:  # OSError, or safetensors' own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise InputError(f"cannot write {final}: {error}; make room: those before it are untouched") from error
+        raise InputError(
+            f"cannot write {final}: {error}; see that there is room, and that one may write there"
+        ) from error
 
 
 def list_checkpoints(run_dir):
@@ -2489,28 +2498,40 @@ def list_checkpoints(run_dir):
     return sorted(path for path in Path(run_dir).glob("checkpoints/step_*") if path.name[5:].isdigit())
 
 
-def drop_old_checkpoints(run_dir, keep):
-    """Leaves the newest `keep` checkpoints and the one with the lowest val_loss."""
-    paths, losses = list_checkpoints(run_dir), {}
-    newest = paths[-1].name
+def drop_old_checkpoints(final, keep):
+    """Leaves the checkpoint `final`, the `keep` - 1 before it, and the one with the lowest val_loss. A newer one was
+    found damaged, or another thread is writing it."""
+    paths, losses = [path for path in list_checkpoints(final.parents[1]) if path.name <= final.name], {}
     for path in paths:
-        with contextlib.suppress(OSError, ValueError):
-            losses[path] = json.loads((path / "meta.json").read_text(encoding="utf-8")).get("val_loss")
-    best = min((path for path in losses if losses[path]), key=losses.get, default=None)
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # damaged
+            losses[path] = float(json.loads((path / "meta.json").read_text(encoding="utf-8")).get("val_loss"))
+    best = min(losses, key=losses.get, default=None)
     for path in paths[:-keep]:
         if path != best:
             path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
-    for rest in Path(run_dir).glob("checkpoints/.*.tmp"):  # also of a process that was killed
-        if rest.name < f".{newest}":  # a newer one is being written by another thread
+    for rest in final.parent.glob(".*.tmp"):  # also of a process that was killed
+        if rest.name < f".{final.name}":
             shutil.rmtree(rest, ignore_errors=True)
+
+
+WORK = "evaluate", "sample", "save"  # what train does between steps
+NUMBER, NOTHING = (int, float), type(None)
+META = {  # what meta.json holds, and of which types
+    "step": int, "config": dict, "files": dict, "tokens_per_step": int, "finished": bool, "todo": list, "data": dict,
+    "best": (dict, NOTHING), "val_loss": (*NUMBER, NOTHING), "loader": (dict, NOTHING), "wandb": (str, NOTHING),
+}  # fmt: skip
 
 
 def read_meta(path):
     """Returns meta.json of a checkpoint. Raises ValueError unless its files are those that were written."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        if meta["step"] != int(path.name.removeprefix("step_")) or "state.safetensors" not in meta["files"]:
-            raise ValueError("meta.json is not that of this checkpoint")
+        wrong = [name for name, kind in META.items() if name in meta and not isinstance(meta[name], kind)]
+        numbers = [meta["best"][name] for name in ("step", "val_loss", "val_bpb")] if meta.get("best") else []
+        wrong += ["best"] * (not all(isinstance(x, NUMBER) for x in numbers))
+        wrong += ["todo"] * (not set(meta.get("todo", [])) <= {*WORK}) + ["config"] * ("config" not in meta)
+        if wrong or meta["step"] != int(path.name.removeprefix("step_")) or "state.safetensors" not in meta["files"]:
+            raise ValueError(f"meta.json is not that of this checkpoint {wrong or ''}".strip())
         for name, digest in meta["files"].items():
             if Path(name).name != name or file_sha256(path / name) != digest:
                 raise ValueError(f"{name} is damaged: its SHA-256 is not the one in meta.json")
@@ -2597,8 +2618,9 @@ class Checkpointer:
                 where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
                 ask_hub("store the checkpoint", lambda: hub_api().upload_folder(**where))
             else:
-                copy_checkpoint(path, Path(config.backup).expanduser() / run)
-                drop_old_checkpoints(Path(config.backup).expanduser() / run, config.keep_checkpoints)
+                drop_old_checkpoints(
+                    copy_checkpoint(path, Path(config.backup).expanduser() / run), config.keep_checkpoints
+                )
         except Exception as error:  # of a file system, an HTTP library or the Hub: it never stops training
             self.say(f"backup of {path.name} to {config.backup} failed: {first_line(error)}; training goes on")
 
@@ -2608,16 +2630,17 @@ class Checkpointer:
             self.writing.result()
 
     def close(self):
-        """Waits for the checkpoint that is being written, and for its copy."""
+        """Waits for the checkpoint that is being written. Returns the Future of the copy of the newest."""
         self.writing.result()
-        self.copying.result()
         if self.config.backup and self.copied != self.newest:
-            self.back_up(self.newest)
+            before, newest = self.copying, self.newest
+            self.copying = in_background(lambda: before.result() or self.back_up(newest))
+        return self.copying
 
 
 def copy_checkpoint(path, run_dir):
-    """Copies a checkpoint folder to another run folder."""
-    write_folder(run_dir / "checkpoints" / path.name, lambda new: shutil.copytree(path, new, dirs_exist_ok=True))
+    """Copies a checkpoint folder to another run folder. Returns its path."""
+    return write_folder(run_dir / "checkpoints" / path.name, lambda new: shutil.copytree(path, new, dirs_exist_ok=True))
 
 
 def open_backup(config):
@@ -2697,11 +2720,16 @@ def lock_folder(run):
 
 def data_of(shards, validation, tokenizer):
     """Returns the data that a checkpoint depends on, for its meta.json: the names of the shards, of local ones with
-    their sizes, and a hash of the tokenizer."""
+    their sizes and a hash of their ends, and a hash of the tokenizer."""
 
     def name(fetch):
         shard = fetch.args[-1]  # of functools.partial(…, name or path)
-        return f"{shard.name}, {shard.stat().st_size} bytes" if isinstance(shard, Path) else shard
+        if not isinstance(shard, Path):
+            return shard
+        with shard.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 2**20))  # the last MiB has the footer: the sizes of all columns
+            return f"{shard.name}, {size} bytes, {hashlib.sha256(file.read()).hexdigest()[:8]}"
 
     facts = tokenizer._mergeable_ranks, tokenizer._pat_str, tokenizer._special_tokens
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -2732,7 +2760,7 @@ def open_run(config, data=None):
     """
     for number in itertools.count(1):
         run = make_folder(config.run_dir if number == 1 else f"{config.run_dir}-{number}", "run_dir")
-        mine = not any(run.iterdir()) or (run / "config.json").exists()
+        mine = not any(run.iterdir()) or (run / "config.json").exists() or list_checkpoints(run)
         require(mine, "run_dir", config.run_dir, f"{run} is not empty and holds no run; name a new folder")
         if (lock := lock_folder(run)) is None:
             rule = f"another process is training in {run}; wait, stop it, or name another folder"
@@ -2920,6 +2948,7 @@ class RunLog:
 
     def __init__(self, config, run, step, sinks, report=None):
         self.config, self.run, self.sinks, self.report, self.done = config, run, sinks, report, step
+        self.queued = collections.deque()  # a loss of each step that the device may still have to do
         self.failed = set()  # names of what watches, and has failed
         self.total = config.total_steps
         self.flops, peak = flops_per_token(config), peak_flops(jax.devices()[0].device_kind)
@@ -2961,6 +2990,9 @@ class RunLog:
         Diverged for a loss or gradient that is not finite, unless config.nonfinite says skip.
         """
         self.done = step + 1
+        self.queued.append(metrics["loss"])
+        if len(self.queued) > max(2, self.steps / (self.seconds or 1)):  # a second's worth: no stop waits for more
+            jax.block_until_ready(self.queued.popleft())
         if not self.bar.disable:
             with self.watching("progress bar"):
                 self.bar.update()
@@ -3105,8 +3137,8 @@ class Training:
 
     def __init__(self, config, report=None):
         self.config, self.report, self.started = config, report, time.perf_counter()
-        self.asked, self.waiting, self.todo, self.taken = [], False, [], None
-        self.finished, self.validated, self.batches, self.summary = False, {}, None, None
+        self.asked, self.waiting, self.rescuing, self.todo, self.taken = [], False, False, [], None
+        self.finished, self.lost, self.validated, self.batches, self.summary = False, False, {}, None, None
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -3142,6 +3174,7 @@ class Training:
         if is_first():
             open_backup(config)
         self.run, checkpoint, lock = open_run_together(config, self.data)
+        self.resumed = checkpoint
         stack.enter_context(lock)
         self.state, self.meta = load_checkpoint(checkpoint, config) if checkpoint else (None, {"step": 0})
         self.config = config = keep_step_size(config, self.meta)
@@ -3149,7 +3182,8 @@ class Training:
         self.state = self.state._replace(hyper=put(config, hyperparams(config)))  # it counts steps of the kept size
         for name in self.meta.get("files", ()) if is_first() else ():
             if name in LOGS:
-                shutil.copyfile(checkpoint / name, self.run / name)
+                with contextlib.suppress(OSError):  # a log only watches
+                    shutil.copyfile(checkpoint / name, self.run / name)
         self.first_step, self.best, self.todo = self.meta["step"], self.meta.get("best"), self.meta.get("todo", [])
         describe_run(config, self.run, self.first_step)
         stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
@@ -3192,12 +3226,11 @@ class Training:
                     stack.callback(signal.signal, number, signal.signal(number, self.ask))
 
     def ask(self, number, frame):
-        """Notes a signal. Interrupts the main thread where it only waits; a second SIGINT interrupts it anywhere."""
-        again = bool(self.asked)
+        """Notes a signal. Interrupts the main thread where it only waits; a third SIGINT interrupts it anywhere."""
         self.asked.append(signal.Signals(number).name)
         if self.waiting:
             raise Stopped
-        if again and number == signal.SIGINT:
+        if len(self.asked) > 2 and number == signal.SIGINT and not self.rescuing:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -3212,15 +3245,15 @@ class Training:
             self.waiting = False
 
     def __exit__(self, kind, error, traceback):
+        words, stopped = "", isinstance(error, Stopped)
         try:
             if error is not None:
                 words = self.rescue(error)
-                if isinstance(error, Stopped):
+                if stopped:
                     self.finish()
         except Diverged as worse:  # the log was one interval late
-            error, words = worse, self.rescue(worse)
+            error, words, stopped = worse, self.rescue(worse), False
         finally:
-            stopped = isinstance(error, Stopped)
             self.stack.__exit__(*((None,) * 3 if stopped else (kind, error, traceback)))
         if isinstance(error, Diverged):
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
@@ -3229,29 +3262,43 @@ class Training:
             # A search does not compile a few programs more for a trial that is lost.
             remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)
             raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
+        if stopped and self.lost:
+            raise InputError(f"{self.asked[0]}: {words}")
         return stopped
 
     def rescue(self, error):
         """Saves the state of the last whole step, if no checkpoint has it. Returns, and prints, where the newest is."""
-        words, first = "", self.first_step
+        words, self.rescuing = "", True
         try:
             if isinstance(error, Diverged) or jax.process_count() > 1 and not isinstance(error, Stopped):
                 pass  # the state is spoilt, or the other processes will not come to gather it
-            elif (step := int(self.state.step)) > first and step != self.saver.step:
+            elif (step := int(self.state.step)) > self.first_step and step != self.saver.step:
                 if self.taken[0] == step:  # a batch was taken, and its step not done
                     self.loader.position = self.taken[1]
                 self.write_state()
-            self.saver.close()
+            self.saver.writing.result()
         except Diverged:
             raise
-        except BaseException as failure:  # a full disk, a device that is gone, one more Ctrl-C
-            if self.log.done > first:
-                words = f"the last steps could not be saved ({first_line(failure)}); "
-        newest = self.saver.newest or (list_checkpoints(self.run)[-1] if first else None)
+        except BaseException as failure:  # a full disk, a device that is gone
+            self.lost = self.log.done > self.first_step
+            words = f"the last steps could not be saved ({first_line(failure)}); " if self.lost else ""
+        newest = self.saver.newest or self.resumed
         words += f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         if not self.report:
-            self.log.say(f"{self.asked[0] if self.asked else type(error).__name__}: {words}")
+            self.log.say(f"{self.asked[0] if self.asked else first_line(error)}: {words}")
+        if not isinstance(error, Stopped):
+            self.end_saving()
+        self.rescuing = False
         return words
+
+    def end_saving(self):
+        """Waits for the last checkpoint and for its copy. A further signal ends the wait for the copy."""
+        with contextlib.suppress(Exception) if self.lost else contextlib.nullcontext():
+            copy, signals = self.saver.close(), len(self.asked)
+            if signals and not copy.done():
+                self.log.say(f"copying the checkpoint to {self.config.backup}; one more signal ends that")
+            while not copy.done() and len(self.asked) == signals:
+                time.sleep(0.02)
 
     def trace(self, step):
         """Starts and ends the XProf trace of config.profile_steps steps."""
@@ -3332,7 +3379,7 @@ class Training:
     def write_state(self):
         """Starts to write a checkpoint of the state. `todo`: what was due after the last step, and is not done."""
         with self.log.paused(self.state, "saving"):
-            todo = [name for name in self.todo if name != "save"]
+            todo = [] if self.todo in ([], ["save"]) else self.todo
             self.finished = self.log.done == self.config.total_steps and not todo
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
             if self.best and self.best["step"] == self.log.done:
@@ -3343,11 +3390,10 @@ class Training:
     def finish(self):
         """Waits for the last checkpoint, draws the curve, and makes the summary of the run."""
         log, config, validated = self.log, self.config, self.validated
-        stopped = self.asked[0] if self.asked and not self.finished else ""
-        if stopped:
-            log.say(f"{stopped}: stopped after step {log.done}; its checkpoint is kept, the same start goes on from it")
+        if self.asked and not self.lost:
+            log.say(f"{self.asked[0]}: stopped after step {log.done}; its checkpoint is kept")
         with log.paused(self.state, "saving"):
-            self.saver.close()
+            self.end_saving()
         if is_first():
             with log.watching("loss curve"):
                 log.draw()
@@ -3364,7 +3410,8 @@ class Training:
         self.summary = {
             "step": log.done, "loss": log.last.get("loss"), "val_loss": validated.get("loss"),
             "val_bpb": validated.get("bpb"), "by_position": validated.get("by_position"), "best": self.best,
-            "stopped": stopped, "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
+            "stopped": self.asked[0] if self.asked else "", "finished": self.finished,
+            "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
             **log.rates(log.steps, log.seconds), "seconds": seconds,
             "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": self.loader.wait_seconds,
             "peak_memory": peak_memory(), "run_dir": str(self.run),
@@ -3460,7 +3507,8 @@ def show_summary(summary):
     times = ", ".join(f"{what} {seconds:.1f}" for what, seconds in summary["times"].items() if seconds >= 0.05)
     files = ", ".join(sorted(path.name for path in Path(summary["run_dir"]).iterdir()))
     if summary["stopped"]:
-        print(f"stopped by {summary['stopped']} after {summary['step']:,} steps; start the same again to go on")
+        again = "" if summary["finished"] else "; start the same again to go on"
+        print(f"stopped by {summary['stopped']} after {summary['step']:,} steps{again}")
     print(f"model   {describe_params(summary['parameters'])}")
     print(f"tokens  {summary['tokens']:,} in {summary['step']:,} steps")
     if summary["val_loss"]:

@@ -49,6 +49,25 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(nb, finished, tmp_path, c
     assert same_end(run, finished[0].run_dir)
 
 
+DAMAGE = [
+    '"config": []', '"data": []', '"step": 12.0', '"todo": ["rm"]', '"todo": 5', '"best": "abc"',
+    '"best": {"step": 3}', '"loader": 3', '"tokens_per_step": "256"', '"val_loss": "x"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_meta_is_passed_over(nb, finished, tmp_path, capsys, damage):
+    """Whatever a field has become. The checkpoint before is used, and the new ones stay, however few are kept."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].run_dir, run)
+    path = run / "checkpoints" / "step_00000012" / "meta.json"
+    meta = json.loads(path.read_text()) | {"finished": False} | json.loads("{" + damage + "}")
+    path.write_text(json.dumps(meta))
+    nb.train(tiny(nb, run, keep_checkpoints=1, save_interval=1))
+    assert f"skipping damaged checkpoint {path.parent}" in capsys.readouterr().out
+    assert nb.newest_checkpoint(run)[1]["finished"] and same_end(run, finished[0].run_dir)
+
+
 # ---- folders
 
 
@@ -146,7 +165,7 @@ def test_a_new_machine_goes_on_from_a_folder(nb, finished, tmp_path):
         patch.setattr(nb, "train_step", die)
         nb.train(config)
     shutil.rmtree(tmp_path / "one")
-    assert saved_steps(tmp_path / "drive" / "run") == [6, 7]
+    assert saved_steps(tmp_path / "drive" / "run")[-1] == 7  # a copy that takes long leaves out the ones in between
     nb.train(config.replace(run_dir=str(tmp_path / "two" / "run")))
     assert same_end(tmp_path / "two" / "run", finished[0].run_dir)
     assert saved_steps(tmp_path / "drive" / "run")[-1] == 12

@@ -169,7 +169,9 @@ def test_a_stop_request_is_served_while_the_loop_waits(nb, tokenizer, tmp_path, 
     print(f"{stall}: stopped {latency:.2f} s after the signal")
     assert summary["stopped"] == "SIGTERM" and saved_steps(tmp_path / "run")[-1] == summary["step"] > 0
     release.set()
-    assert nb.train(config)["step"] == config.num_iterations
+    again = nb.train(config)
+    assert again["step"] == config.num_iterations and again["finished"]
+    assert nb.newest_checkpoint(tmp_path / "run")[1]["finished"]
 
 
 LONG = TINY | QUIET | dict(num_iterations=4000, n_head=1, seq_len=32)
@@ -187,6 +189,40 @@ def test_a_terminal_that_is_gone_saves_and_one_that_is_expected_to_go_does_not_m
     command = f"set -o pipefail; {command} --num_iterations=40 --log_interval=1 | head -n 3"
     piped = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert piped.returncode == 0 and saved_steps(tmp_path / "piped") == [40], piped.stderr
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.3])
+def test_a_second_ctrl_c_interrupts_no_save(tmp_path, gap):
+    process = started("02_train.py", cwd=tmp_path, run_dir="run", **LONG)
+    read_until(process, "first step")
+    time.sleep(0.5)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+    out = output_of(process)
+    assert process.returncode == 130 and "could not be saved" not in out, out
+    assert f"stopped after step {saved_steps(tmp_path / 'run')[-1]};" in out
+
+
+def test_a_closed_stdout_and_logs_that_cannot_be_written(nb, tmp_path):
+    """Nobody reads what is printed, and metrics.jsonl is a folder: the run ends well."""
+    words = " ".join(f"--{name}={value}" for name, value in (TINY | QUIET).items())
+    command = f"{sys.executable} {ROOT}/02_train.py --run_dir=new {words} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=SECONDS).returncode == 0
+    assert saved_steps(tmp_path / "new") == [12]
+    config = tiny(nb, tmp_path / "two", **QUIET)
+    log_step = nb.Training.log_step
+
+    def put_in_the_way(run, step, metrics):
+        if step == 5:
+            (run.run / "metrics.jsonl").unlink()
+            (run.run / "metrics.jsonl").mkdir()
+        log_step(run, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nb.Training, "log_step", put_in_the_way)
+        assert nb.train(config)["step"] == 12
+    assert saved_steps(tmp_path / "two") == [12]
 
 
 # ---- what a run depends on

@@ -1524,7 +1524,7 @@ class PrefetchDataLoader:
     def close(self):
         """Stops the threads. Batches that were ready are dropped; the position stays."""
         self.stopping.set()
-        self.thread.join(timeout=1)  # a download may stand still: the thread dies with the process
+        self.thread.join(timeout=0.5)  # a download may stand still: the thread dies with the process
 
     def __enter__(self):
         return self

@@ -61,7 +61,7 @@ def test_the_report_of_both_chips(tmp_path):
     for report, hbm, price in zip(done.stdout.split("preflight on ")[1:], (31.25, 15.75), (True, False), strict=True):
         assert "2 × 256 tokens × 4 a step" in report and re.search(rf"fits    [\d.]+ GiB of {hbm} at the peak", report)
         assert re.search(r"time    [\d.]+ ms a step of 2,048 tokens: [\d,]+ tok/s, MFU [\d.]+%", report)
-        assert (" hours, $" in report) == price and "NOT counted" not in report  # no price of a v5e is known
+        assert (" credits, $" in report) == price and "NOT counted" not in report  # no price of a v5e is known
         assert {"attention", "attention kernel", "MLP", "head and loss", "embedding"} <= set(table(report))
 
 

@@ -3150,7 +3150,12 @@ class Training:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             self.open_data()
-            self.open_state(stack)
+            try:
+                self.open_state(stack)
+            except jax.errors.JaxRuntimeError as error:
+                if memory_is_out(error):
+                    raise out_of_memory(error, self.config, self.report) from error
+                raise
             self.open_log(stack)
             self.profile = stack.enter_context(contextlib.ExitStack())
             self.take_signals(stack)
@@ -3266,9 +3271,7 @@ class Training:
             hint = "Lower learning_rate, or set grad_clip=1.0, or nonfinite='skip' to leave out such steps"
             raise Diverged(f"{error}; {words}. {hint}") from None
         if memory_is_out(error):
-            # A search does not compile a few programs more for a trial that is lost.
-            remedy = "lower device_batch_size" if self.report else batch_that_fits(self.config)
-            raise InputError(f"out of memory: {first_line(error)[:120]}; {remedy}") from error
+            raise out_of_memory(error, self.config, self.report) from error
         if stopped and self.lost:
             raise InputError(f"{self.asked[0]}: {words}")
         return stopped
@@ -3446,6 +3449,12 @@ def memory_is_out(error):
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def out_of_memory(error, config, search=None):
+    """Returns the InputError for such an exception, with the remedy; a search compiles nothing for a lost trial."""
+    remedy = "lower device_batch_size" if search else batch_that_fits(config)
+    return InputError(f"out of memory: {first_line(error)[:120]}; {remedy}")
+
+
 def memory_limit():
     """Returns the bytes that a step may take on a device; of a CPU, those of the machine, or of `ulimit -v`."""
     if stats := jax.local_devices()[0].memory_stats():
@@ -3464,7 +3473,10 @@ def batch_that_fits(config):
     remedy = "lower device_batch_size (total_batch_size keeps the tokens of a step)"
 
     def memory(size):
-        return memory_of_step(config.replace(device_batch_size=size, total_batch_size=total))
+        try:
+            return memory_of_step(config.replace(device_batch_size=size, total_batch_size=total))
+        except jax.errors.JaxRuntimeError:  # the compiler of a TPU refuses what does not fit
+            return math.inf
 
     try:
         (a, b), limit = sizes[:2], memory_limit()
@@ -3669,7 +3681,11 @@ with one_line_errors():
 if IN_NOTEBOOK:
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     of = f" of {limit / 2**30:.2f} GiB" if limit else ""
-    print(f"a step takes {memory_of_step(config) / 2**30:.2f} GiB{of} on each device; the compiled program is kept")
+    try:
+        needed = memory_of_step(config) / 2**30
+    except jax.errors.JaxRuntimeError as error:  # the compiler of a TPU refuses what does not fit
+        raise out_of_memory(error, config) from error
+    print(f"a step takes {needed:.2f} GiB{of} on each device; the compiled program is kept")
 
 # %% [markdown]
 # ## Train

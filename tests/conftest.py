@@ -38,7 +38,7 @@ def root():
     return ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # it sets XLA's flags, which must precede the first computation
 def nb():
     """02_train as a module."""
     return load(ROOT / "02_train.py")

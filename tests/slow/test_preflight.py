@@ -423,7 +423,7 @@ def test_the_trace_of_a_run(preflight, finished, capsys):
     parts, seconds, steps = preflight.read_trace(finished[0].run_dir)
     assert {("MLP", "forward"), ("MLP", "backward"), ("attention", "backward"), ("optimizer", "forward")} <= set(parts)
     busy = sum(parts.values())
-    assert steps == 3 and 0 < parts["other", "forward"] < 0.4 * busy < busy < seconds
+    assert steps == 3 and 0 < parts["other", "forward"] < 0.6 * busy < busy < seconds
     estimate = dict(fits=True, parts=preflight.collections.Counter({("MLP", "forward"): 1.0}))
     preflight.describe_trace(finished[0].run_dir, {"v6e": estimate, "v5e": dict(fits=False)})
     out = capsys.readouterr().out

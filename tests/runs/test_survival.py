@@ -320,6 +320,10 @@ def test_out_of_memory_names_the_largest_batch_that_fits(nb, tmp_path, monkeypat
         n: nb.memory_of_step(config.replace(device_batch_size=n, total_batch_size=total)) <= limit for n in (6, 8, 12)
     }
     assert size == max(n for n in fits if fits[n]) and not all(fits.values())
+    with monkeypatch.context() as patch:  # the state itself does not fit
+        patch.setattr(nb, "init_train_state", lambda config: full(config, None))
+        with pytest.raises(nb.InputError, match="^out of memory: .*device_batch_size"):
+            nb.train(config)
     summary = nb.train(config.replace(device_batch_size=size, total_batch_size=total))
     assert summary["step"] == 2 and summary["run_dir"] == config.run_dir and summary["tokens"] == 2 * 24 * 64
 

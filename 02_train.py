@@ -3580,8 +3580,8 @@ def one_line_errors():
 # %% [markdown]
 # # Part III: run
 #
-# `Config.for_device()` is the reference model on a TPU or GPU, and the demo on a CPU. Change it with
-# `config.replace(...)`. As a script, every field is an option: `python 02_train.py --n_head 4 --num_iterations 200`.
+# `Config.for_device()` is the reference model on a TPU or GPU, and the demo on a CPU. Change it in `CHANGES`. As a
+# script, every field is an option: `python 02_train.py --n_head 4 --num_iterations 200`.
 
 # %% Parameters tags=["parameters", "run"]
 CHANGES = {}  # fields of Config, such as {"num_iterations": 1000, "dataset": "my_folder"}

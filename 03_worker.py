@@ -2723,6 +2723,7 @@ class Checkpointer:
     def __init__(self, config, run, say=print):
         self.config, self.run, self.say, self.step, self.newest, self.copied = config, run, say, None, None, None
         self.writing = self.copying = in_background(lambda: None)
+        self.lock = threading.Lock()
 
     def save(self, state, **meta):
         """Waits for the copy of the state to the host, not for the disk. What is being written goes on beside it."""
@@ -2734,22 +2735,27 @@ class Checkpointer:
     def write(self, arrays, logs, meta):
         if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self.newest = write_checkpoint(self.run, self.config, arrays, logs, meta)
-        if self.config.backup and self.copying.done():  # one copy at a time
-            self.copying = in_background(lambda: self.back_up(self.newest))
+        path = write_checkpoint(self.run, self.config, arrays, logs, meta)
+        self.newest = max(path, self.newest or path)  # one that a stop has overtaken ends later
+        if self.config.backup and self.copying.done():
+            self.copying = in_background(self.back_up)
 
-    def back_up(self, path):
-        config, run, self.copied = self.config, self.run.name, path
-        try:
-            if config.backup == "hub":  # one commit replaces the checkpoint before
-                where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
-                ask_hub("store the checkpoint", lambda: hub_api().upload_folder(**where))
-            else:
-                drop_old_checkpoints(
-                    copy_checkpoint(path, Path(config.backup).expanduser() / run), config.keep_checkpoints
-                )
-        except Exception as error:  # of a file system, an HTTP library or the Hub: it never stops training
-            self.say(f"backup of {path.name} to {config.backup} failed: {first_line(error)}; training goes on")
+    def back_up(self):
+        """Copies the newest checkpoint, one copy at a time. An error is printed: it never stops training."""
+        config, run = self.config, self.run.name
+        with self.lock:
+            if (path := self.newest) == self.copied:
+                return
+            try:
+                if config.backup == "hub":  # one commit replaces the checkpoint before
+                    where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
+                    ask_hub("store the checkpoint", lambda: hub_api().upload_folder(**where))
+                else:
+                    final = copy_checkpoint(path, Path(config.backup).expanduser() / run)
+                    drop_old_checkpoints(final, config.keep_checkpoints)
+                self.copied = path
+            except Exception as error:  # of a file system, an HTTP library or the Hub
+                self.say(f"backup of {path.name} to {config.backup} failed: {first_line(error)}; training goes on")
 
     def check(self):
         """Raises the error of a checkpoint as soon as it is known."""
@@ -2759,9 +2765,8 @@ class Checkpointer:
     def close(self):
         """Waits for the checkpoint that is being written. Returns the Future of the copy of the newest."""
         self.writing.result()
-        if self.config.backup and self.copied != self.newest:
-            before, newest = self.copying, self.newest
-            self.copying = in_background(lambda: before.result() or self.back_up(newest))
+        if self.config.backup:
+            self.copying = in_background(self.back_up)
         return self.copying
 
 

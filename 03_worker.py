@@ -2581,8 +2581,8 @@ def save_checkpoint(run_dir, config, state, **meta):
     return write_checkpoint(Path(run_dir), config, *host_copy(Path(run_dir), state), meta)
 
 
-def write_checkpoint(run_dir, config, arrays, logs, meta):
-    """save_checkpoint of a host_copy."""
+def write_checkpoint(run_dir, config, arrays, logs, meta, busy=lambda: None):
+    """save_checkpoint of a host_copy. `busy()`: the checkpoint that is being copied, which stays."""
     from safetensors.numpy import save_file
 
     facts = {"config": dataclasses.asdict(config), "tokens_per_step": config.tokens_per_step, **meta}
@@ -2596,7 +2596,7 @@ def write_checkpoint(run_dir, config, arrays, logs, meta):
         (folder / "meta.json").write_text(text, encoding="utf-8")
 
     final = write_folder(run_dir / "checkpoints" / f"step_{int(arrays['step']):08d}", fill)
-    drop_old_checkpoints(final, config.keep_checkpoints)
+    drop_old_checkpoints(final, config.keep_checkpoints, busy)
     return final
 
 
@@ -2625,7 +2625,7 @@ def list_checkpoints(run_dir):
     return sorted(path for path in Path(run_dir).glob("checkpoints/step_*") if path.name[5:].isdigit())
 
 
-def drop_old_checkpoints(final, keep):
+def drop_old_checkpoints(final, keep, busy=lambda: None):
     """Leaves the checkpoint `final`, the `keep` - 1 before it, and the one with the lowest val_loss. A newer one was
     found damaged, or another thread is writing it."""
     paths, losses = [path for path in list_checkpoints(final.parents[1]) if path.name <= final.name], {}
@@ -2634,7 +2634,7 @@ def drop_old_checkpoints(final, keep):
             losses[path] = float(json.loads((path / "meta.json").read_text(encoding="utf-8")).get("val_loss"))
     best = min(losses, key=losses.get, default=None)
     for path in paths[:-keep]:
-        if path != best:
+        if path not in (best, busy()):
             path.rename(path.with_name(f".{path.name}.tmp"))  # a kill while files are removed would leave some
     for rest in final.parent.glob(".*.tmp"):  # also of a process that was killed
         if rest.name < f".{final.name}":
@@ -2723,7 +2723,7 @@ class Checkpointer:
     def __init__(self, config, run, say=print):
         self.config, self.run, self.say, self.step, self.newest, self.copied = config, run, say, None, None, None
         self.writing = self.copying = in_background(lambda: None)
-        self.lock = threading.Lock()
+        self.lock, self.source = threading.Lock(), None
 
     def save(self, state, **meta):
         """Waits for the copy of the state to the host, not for the disk. What is being written goes on beside it."""
@@ -2735,7 +2735,7 @@ class Checkpointer:
     def write(self, arrays, logs, meta):
         if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        path = write_checkpoint(self.run, self.config, arrays, logs, meta)
+        path = write_checkpoint(self.run, self.config, arrays, logs, meta, lambda: self.source)
         self.newest = max(path, self.newest or path)  # one that a stop has overtaken ends later
         if self.config.backup and self.copying.done():
             self.copying = in_background(self.back_up)
@@ -2746,6 +2746,7 @@ class Checkpointer:
         with self.lock:
             if (path := self.newest) == self.copied:
                 return
+            self.source = path
             try:
                 if config.backup == "hub":  # one commit replaces the checkpoint before
                     where = {"folder_path": path, "path_in_repo": f"checkpoints/{run}", "repo_id": config.hf_repo_id}
@@ -2756,6 +2757,7 @@ class Checkpointer:
                 self.copied = path
             except Exception as error:  # of a file system, an HTTP library or the Hub
                 self.say(f"backup of {path.name} to {config.backup} failed: {first_line(error)}; training goes on")
+            self.source = None
 
     def check(self):
         """Raises the error of a checkpoint as soon as it is known."""
@@ -3261,7 +3263,14 @@ class Training:
 
     def __init__(self, config, report=None):
         self.config, self.report, self.started = config, report, time.perf_counter()
-        self.asked, self.waiting, self.rescuing, self.todo, self.taken = [], False, False, [], None
+        self.asked, self.waiting, self.stepping, self.rescuing, self.todo, self.taken = (
+            [],
+            False,
+            False,
+            False,
+            [],
+            None,
+        )
         self.finished, self.lost, self.validated, self.batches, self.summary = False, False, {}, None, None
 
     def __enter__(self):
@@ -3358,9 +3367,15 @@ class Training:
         """Notes a signal. Interrupts the main thread where it only waits; a third SIGINT interrupts it anywhere."""
         self.asked.append(signal.Signals(number).name)
         if self.waiting:
-            raise Stopped
-        if len(self.asked) > 2 and number == signal.SIGINT and not self.rescuing:
+            self.stop()
+        if len(self.asked) > 2 and number == signal.SIGINT and not self.rescuing and not self.stepping:
+            self.rescuing = True
             raise KeyboardInterrupt
+
+    def stop(self):
+        """Ends the loop. From here until the state is saved no signal interrupts anything."""
+        self.rescuing = True
+        raise Stopped
 
     @contextlib.contextmanager
     def interruptible(self):
@@ -3368,7 +3383,7 @@ class Training:
         self.waiting = True
         try:
             if self.asked:
-                raise Stopped
+                self.stop()
             yield
         finally:
             self.waiting = False
@@ -3412,7 +3427,7 @@ class Training:
         newest = self.saver.newest or self.resumed
         words += f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         if not self.report:
-            self.log.say(f"{self.asked[0] if self.asked else first_line(error)}: {words}")
+            self.log.say(f"{self.asked[0] if self.asked else first_line(error).rstrip('.')}: {words}")
         if not isinstance(error, Stopped):
             self.end_saving()
         self.rescuing = False
@@ -3440,10 +3455,13 @@ class Training:
         """Returns (tokens, targets) of a step."""
         self.taken = step, self.loader.position
         with jax.profiler.TraceAnnotation("wait for data"), self.interruptible():
-            return next(self.loader)
+            batch = next(self.loader)
+        self.stepping = True  # until log_step: the old state is donated, and the new one not there yet
+        return batch
 
     def log_step(self, step, metrics):
         """Logs the metrics of a step, one interval late; waits for the first step, and prints when it was done."""
+        self.stepping = False
         if due(step, self.config.log_interval):
             with self.log.watching("norms"):
                 metrics |= state_norms(self.state)
@@ -3466,7 +3484,7 @@ class Training:
             getattr(self, self.todo[0])()
             self.todo = self.todo[1:]
         if self.asked and not self.finished:
-            raise Stopped
+            self.stop()
 
     def evaluate(self):
         """Evaluates on the validation shard, the last time on more of it."""
@@ -3517,7 +3535,7 @@ class Training:
     def finish(self):
         """Waits for the last checkpoint, draws the curve, and makes the summary of the run."""
         log, config, validated = self.log, self.config, self.validated
-        if self.asked and not self.lost:
+        if self.asked and not self.lost and not self.report:
             log.say(f"{self.asked[0]}: stopped after step {log.done}; its checkpoint is kept")
         with log.paused(self.state, "saving"):
             self.end_saving()

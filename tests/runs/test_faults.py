@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,15 @@ def test_a_failed_backup_does_not_stop_the_run(nb, tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert summary["step"] == 12 and saved_steps(tmp_path / "run") == [9, 12]
     assert "backup of step_00000012" in out and "the Drive is gone" in out and "training goes on" in out
+
+
+def test_a_copy_that_takes_longer_than_the_saves_is_whole(nb, tmp_path, monkeypatch, capsys):
+    """The checkpoint that is being copied stays, however many newer ones there are."""
+    copytree = nb.shutil.copytree
+    monkeypatch.setattr(nb.shutil, "copytree", lambda *a, **b: time.sleep(0.5) or copytree(*a, **b))
+    nb.train(tiny(nb, tmp_path / "run", save_interval=1, keep_checkpoints=1, backup=str(tmp_path / "drive")))
+    assert "failed" not in capsys.readouterr().out and saved_steps(tmp_path / "drive" / "run")[-1] == 12
+    assert len(saved_steps(tmp_path / "run")) <= 2
 
 
 def test_a_hub_that_fails_does_not_stop_the_run(tmp_path):

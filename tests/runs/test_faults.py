@@ -78,7 +78,7 @@ def test_a_copy_that_takes_longer_than_the_saves_is_whole(nb, tmp_path, monkeypa
     monkeypatch.setattr(nb.shutil, "copytree", lambda *a, **b: time.sleep(0.5) or copytree(*a, **b))
     nb.train(tiny(nb, tmp_path / "run", save_interval=1, keep_checkpoints=1, backup=str(tmp_path / "drive")))
     assert "failed" not in capsys.readouterr().out and saved_steps(tmp_path / "drive" / "run")[-1] == 12
-    assert len(saved_steps(tmp_path / "run")) <= 2
+    assert len(saved_steps(tmp_path / "run")) <= 3  # the newest, the best, and the one that was being copied
 
 
 def test_a_hub_that_fails_does_not_stop_the_run(tmp_path):

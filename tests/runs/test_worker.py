@@ -282,7 +282,7 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path, fault):
     with WandbServer() as server:
         sweep = "nosuch" if fault == "a wrong id" else "sweep01"
         process = agent(tmp_path / "home", server.environment(tmp_path) | environment, sweep_id=sweep)
-        out = output_of(process, 60)
+        out = output_of(process)  # wandb itself gives up after a while, later on a busy machine
     assert process.returncode == 2, out
     error = out.strip().splitlines()[-1]
     assert error.startswith("error: wandb: ") and words in error

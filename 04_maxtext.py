@@ -81,8 +81,8 @@ def install(*packages):
 
 # %% Install tags=["run"]
 install(
-    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "safetensors", "tensorboard", "matplotlib",
-    "tqdm",
+    "jax", "numpy", "tiktoken", "rustbpe", "pyarrow", "huggingface_hub", "datasets", "safetensors", "tensorboard",
+    "matplotlib", "tqdm",
 )  # fmt: skip
 
 
@@ -93,11 +93,14 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import difflib
 import errno
+import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -105,8 +108,10 @@ import threading
 import time
 import urllib.request
 import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -208,7 +213,6 @@ def in_background(function):
 # @title JAX and XLA
 import ctypes
 import datetime
-import fcntl
 import html
 import importlib.machinery
 import math
@@ -322,7 +326,8 @@ def check_options(config):
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), (int, float) if field.type is float else field.type
         rule = f"must be of type {getattr(field.type, '__name__', field.type)}, not {type(value).__name__}"
-        require(isinstance(value, kinds) and not isinstance(value, bool), field.name, value, rule)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (field.type is bool)
+        require(fits, field.name, value, rule)
         if field.type is float:
             require(abs(value) <= 3.4e38, field.name, value, "must be a finite number that float32 holds")  # no NaN
             object.__setattr__(config, field.name, float(value))
@@ -378,6 +383,7 @@ LETTERS = (
 )
 PROJECT = r"must not hold one of /\\#?%:", lambda value: not set(value) & {*r"/\\#?%:"}
 SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", lambda value: 0 < value <= 70
+AUTO = "must not be negative, or -1 for the default rule", lambda value: value >= -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -421,7 +427,13 @@ class BaseConfig:
     target_param_data_ratio: float = free(10.0, "training tokens for each parameter", POSITIVE)
 
     # Data and run: the host's
-    dataset: str = free(FINEWEB, "'embedded', a folder of parquet shards, or a dataset of the Hub, owner/name")
+    dataset: str = free(FINEWEB, "'embedded', a file or folder of text, or a dataset of the Hub, owner/name")
+    text_column: str = free("text", "the column of the texts")
+    document_separator: str = free("", "what ends a document of a text file, such as '\\n\\n'; '' = the file is one")
+    skip_bad_rows: bool = free(False, "leave broken rows out, and count them")
+    shuffle: int = free(
+        -1, "shuffle shards, and blocks of so many documents; -1 = 1,000 for your own data, else 0", AUTO
+    )
     num_shards: int = free(50, "train on at most so many shards; -1 = all", POSITIVE_OR_AUTO)
     seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
@@ -463,6 +475,12 @@ class BaseConfig:
     @property
     def kv_heads(self):  # K
         return self.n_head if self.n_kv_head == -1 else self.n_kv_head
+
+    @property
+    def shuffle_block(self):
+        """Documents in a block that is shuffled; 0 = the order of the files."""
+        shuffled_already = self.dataset == "embedded" or self.dataset in HUB_SHARDS
+        return self.shuffle if self.shuffle >= 0 else 0 if shuffled_already else 1000
 
     @property
     def windows(self):
@@ -1452,33 +1470,48 @@ def encode_document(tokenizer, text):
     return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
 
 
-def document_groups(shards, start, process=0, processes=1):
+def shuffled(shard, place, size, seed):
+    """Yields (row, text) as read_documents does, each block of `size` rows in a random order of its own."""
+    start = place.row // size * size
+    for block, rows in itertools.groupby(read_documents(shard, start), lambda document: document[0] // size):
+        texts, rng = dict(rows), np.random.default_rng((seed, place.epoch, place.shard, block))
+        drawn = enumerate((rng.permutation(size) + block * size).tolist(), block * size)
+        yield from ((row, texts[source]) for row, source in drawn if row >= place.row and source in texts)
+
+
+def document_groups(shards, start, process=0, processes=1, shuffle=0, seed=0):
     """Yields lists of (Position, text), forever, about GROUP_CHARS each, and an empty list at the end of each shard.
 
-    `shards` are functions that return a shard's path; the next one is called in the background while a shard is read.
+    `shards` are functions that return a Shard; the next one is called in the background while one is read. `shuffle`:
+    each pass takes the shards in another order, and the documents of a shard in blocks of so many, shuffled.
     Of several processes, each takes every n-th row. Raises InputError if `start` is not in its shard.
     """
-    place, ahead = start, in_background(shards[start.shard])
+
+    def fetch(place):
+        order = np.random.default_rng((seed, place.epoch)).permutation(len(shards)) if shuffle else range(len(shards))
+        return in_background(shards[order[place.shard]])
+
+    place, ahead = start, fetch(start)
     while True:
         if ahead.done() and ahead.exception() and place != start:
-            ahead = in_background(shards[place.shard])  # it failed ahead of use: a network may have recovered
-        path = ahead.result()
-        rows = pq.read_metadata(path).num_rows
-        if place.row >= rows or rows < processes:
-            raise InputError(f"{path}: has {rows} documents; the run needs row {place.row}, and {processes} at least")
-        following = (place.shard + 1) % len(shards)
-        ahead, group, chars = in_background(shards[following]), [], 0
-        for row, text in read_documents(path, place.row):
+            ahead = fetch(place)  # it failed ahead of use: a network may have recovered
+        shard, last = ahead.result(), place.shard + 1 == len(shards)
+        following = Position(place.epoch + last, 0 if last else place.shard + 1)
+        ahead, group, chars, documents = fetch(following), [], 0, 0
+        for row, text in shuffled(shard, place, shuffle, seed) if shuffle else read_documents(shard, place.row):
+            documents += 1
             if row % processes == process:
                 group.append((place._replace(row=row, offset=place.offset if row == place.row else 0), text))
                 chars += len(text)
             if chars >= GROUP_CHARS:
                 yield group
                 group, chars = [], 0
+        if documents == 0 or place.row == 0 and documents < processes:
+            raise InputError(f"{shard.name}: has no document from row {place.row} on for each of {processes} processes")
         if group:
             yield group
         yield []
-        place = Position(place.epoch + (following == 0), following)
+        place = following
 
 
 # %% Encode and pack cellView="form" tags=["shared"]
@@ -1502,11 +1535,15 @@ def encoded_groups(tokenizer, groups, pool, ahead):
 
 
 def packed_batches(groups, shape):
-    """Yields [(tokens, targets, Position of the token after), …], int32 of `shape`: the batches a group completes."""
+    """Yields [(tokens, targets, Position of the token after), …], int32 of `shape`: the batches a group completes.
+
+    Raises InputError if a batch would hold all documents and more."""
     n, held, parts = math.prod(shape), 0, collections.deque()
     for group in groups:
         parts.extend(group)
         held += sum(len(tokens) for _, tokens in group)
+        if held <= n and parts[-1][0].epoch - parts[0][0].epoch > 1:
+            raise InputError(f"the documents for training have fewer tokens than a batch, {n:,}; give more text")
         batches = []
         while held > n:  # enough for n inputs and the target of the last
             taken, left = [], n
@@ -1527,7 +1564,7 @@ def packed_batches(groups, shape):
 class PrefetchDataLoader:
     """Iterates over (tokens, targets), int32 [A, B, T] on the devices, made ahead of use in background threads.
 
-    `shards`: functions that return a shard's path, as list_shards gives them. An exception in a thread is raised by
+    `shards`: functions that return a Shard, as list_shards gives them. An exception in a thread is raised by
     `next(loader)`. `wait_seconds`: how long next() has waited. Use the loader in a `with` block, or call close().
     """
 
@@ -1557,7 +1594,8 @@ class PrefetchDataLoader:
 
         pool = concurrent.futures.ThreadPoolExecutor(self.threads)
         try:
-            groups = document_groups(self.shards, start, self.process, self.processes)
+            how = self.process, self.processes, self.config.shuffle_block, self.config.seed
+            groups = document_groups(self.shards, start, *how)
             for made in packed_batches(encoded_groups(self.tokenizer, groups, pool, 2 * self.threads), self.shape):
                 # One transfer for all that is ready: with one for each, small batches were half as fast.
                 arrays = put_local(self.config, [(tokens, targets) for tokens, targets, _ in made], None, ROWS)
@@ -2070,12 +2108,14 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     return make_tokenizer(ranks)
 
 
-def tokenizer_folder(config, first_shard):
-    """Returns the folder, on this machine, of the tokenizer that 01_tokenizer.py trains for config.dataset."""
-    # The folder is resolved, not the file: shards may be links into a store that data sets share.
-    source = config.dataset if on_hub(config.dataset) else str(Path(first_shard).parent.resolve())
-    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]  # two folders may have the same name
-    return cache_dir() / "tokenizers" / f"{Path(source).name[:40]}-{digest}-{config.vocab_size}"
+def tokenizer_folders(config):
+    """Returns where the tokenizer of config.dataset may be, the first first: beside local data, and on this machine
+    where 01_tokenizer.py saves it."""
+    local = None if on_hub(config.dataset) else local_path(config.dataset).resolve()
+    name = str(local or config.dataset) + (f":{config.text_column}" if config.text_column != "text" else "")
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]  # two folders may have the same name
+    mine = cache_dir() / "tokenizers" / f"{Path(local or config.dataset).name[:40]}-{digest}-{config.vocab_size}"
+    return [(local if local.is_dir() else local.parent) / "tokenizer", mine] if local else [mine]
 
 
 # %% Find the tokenizer cellView="form" tags=["shared"]
@@ -2086,17 +2126,17 @@ def find_tokenizer(config, first_shard):
 
     Raises InputError if it has more tokens than the model has rows for.
     """
-    folders = [first_shard.parent / "tokenizer", tokenizer_folder(config, first_shard)]
-    # The name of the last has the shard's SHA-256: another shard, another tokenizer.
-    trained = folders[1].with_name(f"{folders[1].name}-first-shard-{file_sha256(first_shard)[:8]}")
+    folders = tokenizer_folders(config)
+    digest = hashlib.sha256(identity(first_shard).encode()).hexdigest()[:8]  # another shard, another tokenizer
+    trained = folders[-1].with_name(f"{folders[-1].name}-first-shard-{digest}")
     folder = next((folder for folder in folders if (folder / "tokenizer.json").exists()), None)
     if not folder and config.hf_repo_id:
         with contextlib.suppress(MissingFileError):
             hub_download(config.hf_repo_id, "tokenizer/tokenizer.tiktoken", repo_type="model")
             folder = hub_download(config.hf_repo_id, "tokenizer/tokenizer.json", repo_type="model").parent
     if not folder and not (trained / "tokenizer.json").exists():
-        print(f"training a tokenizer of {config.vocab_size} tokens on {first_shard.name}", flush=True)
-        tokenizer = train_tokenizer((text for _, text in read_documents(first_shard)), config.vocab_size)
+        print(f"training a tokenizer of {config.vocab_size} tokens on {Path(first_shard.name).name}", flush=True)
+        tokenizer = train_tokenizer(beginning(first_shard, 2**28), config.vocab_size)
         try:
             save_tokenizer(tokenizer, trained)
         except OSError as error:
@@ -2212,13 +2252,14 @@ def is_intact(path):
     return len(digest) != 64 or file_sha256(path) == digest
 
 
-def hub_download(repo_id, filename, repo_type="dataset"):
+def hub_download(repo_id, filename, repo_type="dataset", revision=None):
     """Returns the local path of a file of the Hub, downloaded if it is absent, and fetched anew if it is damaged."""
     damaged = []
 
     def download(api):
         # Forced, the client also replaces a file in the store that repositories share.
-        path = Path(api.hf_hub_download(repo_id, filename, repo_type=repo_type, force_download=bool(damaged)))
+        options = {"repo_type": repo_type, "revision": revision, "force_download": bool(damaged)}
+        path = Path(api.hf_hub_download(repo_id, filename, **options))
         if is_intact(path):
             return path
         damaged.append(path)
@@ -2229,24 +2270,120 @@ def hub_download(repo_id, filename, repo_type="dataset"):
     return read_hub(f"download {filename} of {repo_id}", download)
 
 
-def hub_shard(repo_id, filename):
-    """Returns the checked local path of a shard. One that is in the cache and intact costs no request."""
+def hub_file(repo_id, filename, revision=None):
+    """Returns the checked local path of a file of a dataset. One that is in the cache and intact costs no request."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repo_id, filename, repo_type="dataset")
+    cached = try_to_load_from_cache(repo_id, filename, repo_type="dataset", revision=revision)
     here = isinstance(cached, str) and is_intact(Path(cached))
-    return check_shard(Path(cached) if here else hub_download(repo_id, filename))
+    return Path(cached) if here else hub_download(repo_id, filename, revision=revision)
+
+
+# %% Streams of the Hub cellView="form" tags=["shared"]
+# @title Streams of the Hub
+class HubFile(NamedTuple):
+    """A file of a dataset of the Hub. `oid`: its SHA-256, or git's hash of a small file; '' where it is not known."""
+
+    repo_id: str
+    name: str
+    revision: str | None = None
+    size: int = 0
+    oid: str = ""
+
+    def __str__(self):
+        return self.name
+
+    def open(self, mode="rb"):
+        """Returns a HubStream of this file."""
+        return HubStream(self)
+
+
+class HubStream(io.RawIOBase):
+    """Reads a HubFile from its copy on disk. Where the copy ends, the next 16 MiB are downloaded and appended: a file
+    is downloaded as far as it is read, and no byte of it twice.
+
+    The length of the copy is the whole state, so a killed process loses nothing. A complete copy must have the Hub's
+    SHA-256. Raises InputError if a download fails or the file is damaged."""
+
+    def __init__(self, file):
+        self.file, self.place = file, 0
+        digest = hashlib.sha256(f"{file.repo_id} {file.name} {file.oid}".encode()).hexdigest()
+        self.path = cache_dir() / "streams" / f"{digest[:16]}-{Path(file.name).name[-80:]}"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.copy = self.path.open("ab+")
+        except OSError as error:
+            raise InputError(f"cannot keep {self.path}: {error.strerror}; make room, or set HOME") from error
+
+    def readable(self):
+        return True
+
+    def tell(self):
+        return self.place
+
+    def readinto(self, buffer):
+        if os.fstat(self.copy.fileno()).st_size <= self.place < self.file.size:
+            self._append()
+        self.copy.seek(self.place)
+        count = self.copy.readinto(buffer)
+        self.place += count
+        return count
+
+    def _append(self):
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        repo_id, name, revision, size, oid = self.file
+        url = hf_hub_url(repo_id, name, repo_type="dataset", revision=revision)
+        fcntl.flock(self.copy, fcntl.LOCK_EX)  # other threads and processes read the same copy
+        try:
+            start = self.copy.seek(0, os.SEEK_END)
+            if start > self.place:
+                return
+            stop = min(start + 2**24, size)
+
+            def fetch(api):
+                headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{stop - 1}"}
+                hf_raise_for_status(answer := get_session().get(url, headers=headers, timeout=30))
+                if len(answer.content) != stop - start:
+                    raise ConnectionError(f"{len(answer.content)} of {stop - start} bytes arrived")
+                return answer.content
+
+            block = read_hub(f"read {name} of {repo_id}", fetch)
+            try:
+                self.copy.write(block)
+                self.copy.flush()
+            except OSError as error:
+                raise InputError(f"cannot keep {self.path}: {error.strerror}; make room, or set HOME") from error
+            if stop == size and len(oid) == 64 and file_sha256(self.path) != oid:
+                self.path.unlink()
+                raise InputError(f"{name} of {repo_id}: the SHA-256 of what arrived is not the Hub's; start again")
+        finally:
+            fcntl.flock(self.copy, fcntl.LOCK_UN)
+
+    def close(self):
+        self.copy.close()
+        super().close()
 
 
 # %% Shards cellView="form" tags=["shared"]
 # @title Shards
 # As the Hub reads names: no letter stands before or after such a word.
 SPLIT_WORD = re.compile(r"(?<![^\W\d_])(train|val|dev|test|eval)(ing|id|idation|uation)?(?![^\W\d_])", re.I)
+NO_DATA = re.compile(r"(^|/)([._]|(readme|licen[cs]e|dataset_infos?|dataset_dict|state|tokenizer)\.)", re.I)
+HUB_NAME = re.compile(
+    r"(\w[\w.-]*/[\w.-]+)(?:/([^:@]+?))?/?(?::([^@]+))?(?:@(.+))?"
+)  # repo, folder, configuration, revision
 
 
 def on_hub(dataset):
-    """Whether `dataset` is one of the Hub: neither 'embedded' nor a folder."""
-    return dataset in HUB_SHARDS or not (dataset == "embedded" or os.path.isdir(os.path.expanduser(dataset)))
+    """Whether `dataset` is one of the Hub: neither 'embedded' nor a file or folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or os.path.exists(os.path.expanduser(dataset)))
+
+
+def local_path(dataset):
+    """Returns the file or folder of a dataset that is not on the Hub."""
+    return embedded_folder() if dataset == "embedded" else Path(dataset).expanduser().absolute()
 
 
 def embedded_folder():
@@ -2272,23 +2409,62 @@ def embedded_folder():
 
 
 def hub_files(dataset):
-    """Returns (repo, folder in it, names of the files in the folder) of a Hub dataset: 'owner/name[/folder]'."""
+    """Returns ({name: HubFile}, {split: [names]} or None) of 'owner/name[/folder][:configuration][@revision]'.
+
+    The splits are those that the card of the dataset declares, as the library `datasets` resolves them."""
     if dataset in HUB_SHARDS:
-        return dataset, "", [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
-    rule = "must be 'embedded', a folder of parquet shards, or a dataset of the Hugging Face Hub: owner/name, such as "
-    require(re.fullmatch(r"\w[\w.-]*/[\w.-]+(/.+)?", dataset), "dataset", dataset, rule + next(iter(HUB_SHARDS)))
-    owner, name, *folders = dataset.strip("/").split("/")
-    repo_id, prefix = f"{owner}/{name}", "".join(f"{folder}/" for folder in folders)
-    names = read_hub(f"list {repo_id}", lambda api: api.list_repo_files(repo_id, repo_type="dataset"))
-    return repo_id, prefix, [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        names = [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
+        return {name: HubFile(dataset, name) for name in names}, None
+    rule = "must be 'embedded', a file or folder of text, or a dataset of the Hugging Face Hub: owner/name, such as "
+    match = None if kind_of(dataset) else HUB_NAME.fullmatch(dataset)
+    require(match, "dataset", dataset, rule + next(iter(HUB_SHARDS)))
+    repo_id, folder, configuration, revision = match.groups()
+    what = f"find the dataset {repo_id} (no file or folder here has this name)"
+    info = read_hub(what, lambda api: api.dataset_info(repo_id, revision=revision or "main"))
+    tree = {"path_in_repo": folder, "recursive": True, "revision": info.sha, "repo_type": "dataset"}
+    found = read_hub(f"list {repo_id}", lambda api: [*api.list_repo_tree(repo_id, **tree)])
+    found = [entry for entry in found if hasattr(entry, "blob_id")]  # files, not folders
+    oids = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found]
+    files = {e.path: HubFile(repo_id, e.path, info.sha, e.size, oid) for e, oid in zip(found, oids)}
+    program, parquet = f"{repo_id.split('/')[1]}.py", f"{repo_id}@refs/convert/parquet"
+    rule = f"is made by a program, {program}, which is not run; try the Hub's own parquet files of it: {parquet}"
+    require(program not in files, "dataset", dataset, rule)
+    if folder:
+        return {name.removeprefix(f"{folder}/"): file for name, file in files.items()}, None
+    return files, declared_splits(dataset, info, configuration)
 
 
-def split_shards(dataset, names):
-    """Returns (names of the training shards, name of the validation shard): what names say, else the last validates.
+def declared_splits(dataset, info, configuration):
+    """Returns {split: [names of files]} of a configuration in the card of a dataset, None if it has no configurations.
 
-    The word nearest to the end of a path decides. Test shards are never trained on; one validates if none is named so.
-    Raises InputError if there are too few, or if several folders hold a data set each.
-    """
+    Without a name it is the only one, or the default. Raises InputError that lists them."""
+    configs = (info.card_data or {}).get("configs") or []
+    names = [config["config_name"] for config in configs]
+    default = [name for name, config in zip(names, configs) if config.get("default") or name == "default"]
+    chosen = configuration or (default or names if len(default or names) == 1 else [""])[0] if names else None
+    if chosen not in names:
+        found = ", ".join(names[:20]) + ", …" * (len(names) > 20)
+        hint = f"choose one of its configurations, dataset='owner/name:configuration': {found}"
+        require(not names, "dataset", dataset, hint + suggest(configuration or "", names))
+        require(not configuration, "dataset", dataset, "has no configurations; name a folder of it: owner/name/folder")
+        return None
+    import datasets
+
+    options = {"revision": info.sha, "cache_dir": cache_dir() / "datasets"}
+    resolve = functools.partial(datasets.load_dataset_builder, info.id, chosen, **options)
+    found = read_hub(f"resolve {chosen} of {info.id}", lambda api: resolve(token=api.token)).config.data_files
+    splits = collections.defaultdict(list)
+    for split, urls in found.items():
+        word = SPLIT_WORD.fullmatch(str(split))
+        splits[word[1].lower() if word else ""] += [unquote(url.partition(f"@{info.sha}/")[2]) for url in urls]
+    return splits
+
+
+def split_names(dataset, names, mixed=False):
+    """Returns {split: [names]}, by the words of names: train, val, dev, test, eval; '' for those without.
+
+    The word nearest to the end of a path decides. Raises InputError if several folders hold a data set each, unless
+    they may be mixed."""
     splits, folders = collections.defaultdict(list), {}
     for *above, name in (name.split("/") for name in sorted(names)):
         words = [word[1].lower() for part in (name, *above[::-1]) if (word := SPLIT_WORD.search(part))]
@@ -2297,91 +2473,413 @@ def split_shards(dataset, names):
         folders["/".join([dataset, *root])] = SPLIT_WORD.sub("", "/".join(above)).strip("-_./ ")
     one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted({*folders.values()})))
     found = ", ".join([*folders][:8]) + ", …" * (len(folders) > 8)
-    require(one, "dataset", dataset, f"has several data sets; name one of them: {found}")
-    shards = splits["train"] or splits[""]
-    held_out = next((splits[word] for word in ("val", "dev", "test", "eval") if splits[word]), [])
-    train, validation = (shards, held_out[-1:]) if held_out else (shards[:-1], shards[-1:])
-    rule = f"has {len(shards)} parquet shards for training; it takes at least two, or one and a validation shard"
-    require(train and validation, "dataset", dataset, rule)
-    return train, validation[0]
+    require(one or mixed, "dataset", dataset, f"has several data sets; name one of them: {found}")
+    return splits
+
+
+def find_files(dataset):
+    """Returns ({name: path or HubFile}, {split: [names]}) of the data of a dataset, all of one kind.
+
+    That is parquet, else the most frequent kind. Hidden files, and names such as README, are no data."""
+    if on_hub(dataset):
+        files, splits = hub_files(dataset)
+    elif (path := local_path(dataset)).is_file():
+        files, splits = {path.name: path}, {"": [path.name]}
+    else:
+        visible = [p for p in path.iterdir() if kind_of(p) and not NO_DATA.search(p.name) and p.is_file()]
+        found = visible or [p for p in path.rglob("*") if kind_of(p) and p.is_file()]
+        files, splits = {p.relative_to(path).as_posix(): p for p in found}, None
+    if not splits:
+        data = [name for name in sorted(files) if not NO_DATA.search(name)]
+        kinds = collections.Counter(filter(None, map(kind_of, data)))
+        kind = max(kinds, key=lambda kind: (kind == "parquet", kinds[kind]), default="")
+        others = ", ".join(f"{count} {other} files" for other, count in kinds.items() if other != kind)
+        if others:
+            say_once(("kinds", dataset), f"data    {dataset}: {kind} is read; left out: {others}")
+        splits = split_names(dataset, [name for name in data if kind_of(name) == kind], mixed=kind == "text")
+    readable = all(kind_of(name) for names in splits.values() for name in names) and any(splits.values())
+    rule = f"has no files that can be read ({', '.join(KINDS)}; .gz, .zst)"
+    require(readable, "dataset", dataset, rule + "; try owner/name@refs/convert/parquet" * on_hub(dataset))
+    return files, splits
+
+
+def choose_splits(dataset, splits):
+    """Returns (names of the files that train, names of those that validate, perhaps none)."""
+    train = splits.get("train") or splits.get("")
+    require(train, "dataset", dataset, f"has files for {', '.join(splits)}, and none for training")
+    return train, next((splits[word] for word in ("val", "dev", "test", "eval") if splits.get(word)), [])
+
+
+def beginning(shard, chars=2**24):
+    """Yields the first texts of a shard, up to so many characters."""
+    left = chars
+    for _, text in read_documents(shard):
+        yield text
+        left -= len(text)
+        if left < 0:
+            return
 
 
 def list_shards(config):
-    """Returns ([a function that returns the path of a training shard, …], the same for the validation shard)."""
+    """Returns ([a function that returns a training Shard, ready to read, …], the same for validation).
+
+    What names, or the splits of the dataset, call validation, else dev or test, validates. Else it is the last shard. A
+    single file and text files are divided: 2% of the documents validate, or one, by the hash of their text."""
     if on_hub(config.dataset):
         with contextlib.suppress(Exception):  # the first request raises it
             # In the main thread, with the tab still open: shards are fetched in other threads, wandb is opened later.
             get_secret("WANDB_API_KEY"), hub_token()
-        repo_id, prefix, names = hub_files(config.dataset)
+    files, splits = find_files(config.dataset)
+    train, held_out = choose_splits(config.dataset, splits)
+    text, separator = kind_of(train[0]) == "text", config.document_separator
+    require(text or not separator, "document_separator", separator, f"is for text files, and this is {train[0]}")
+
+    def shard(names):
+        name = str(files[names[0]]) if len(names) == 1 else f"{config.dataset}: {len(names):,} text files"
+        return Shard(name, tuple(files[n] for n in names), config.text_column, separator, config.skip_bad_rows)
+
+    shards = [shard(train)] if text else [shard([name]) for name in train]
+    if held_out:
+        validation = shard(held_out if text else held_out[-1:])
+    elif len(shards) > 1:
+        validation = shards.pop()
     else:
-        folder = embedded_folder() if config.dataset == "embedded" else Path(config.dataset).expanduser()
-        found = list(folder.glob("[!._]*.parquet")) or folder.rglob("*.parquet")
-        names = [path.relative_to(folder).as_posix() for path in found]
-    visible = [name for name in names if name.endswith(".parquet") and not re.search(r"(^|/)[._]", name)]
-    train, validation = split_shards(config.dataset, visible)
+        hashes = {zlib.crc32(text.encode()) for text in beginning(open_shard(shards[0]))}
+        rule = "is one document, and some must validate; set document_separator='\\n\\n', or give more files"
+        require(len(hashes) > 1, "dataset", config.dataset, rule)
+        limit = max(ALL[1] // 50, min(hashes) + 1)
+        validation, shards = shards[0]._replace(part=(0, limit)), [shards[0]._replace(part=(limit, ALL[1]))]
+    shards = shards[: None if config.num_shards == -1 else config.num_shards]
+    return [functools.partial(open_shard, shard) for shard in shards], functools.partial(open_shard, validation)
 
-    def shard(name):
-        if on_hub(config.dataset):
-            return functools.partial(hub_shard, repo_id, prefix + name)
-        return functools.partial(check_shard, folder / name)
 
-    return [shard(name) for name in train][: None if config.num_shards == -1 else config.num_shards], shard(validation)
+def size_of(file):
+    """Returns the bytes of a file on disk or on the Hub; 1 where they are not known."""
+    return file.stat().st_size if isinstance(file, Path) else file.size or 1
+
+
+def identity(shard):
+    """Returns what tells a shard from others: its name, of a local file the size and a hash of its last MiB."""
+    file, digest = shard.files[0], hashlib.sha256()
+    if len(shard.files) > 1:
+        for file in shard.files:
+            digest.update(f"{file} {size_of(file)}\n".encode())
+        return f"{len(shard.files)} files, {sum(map(size_of, shard.files))} bytes, {digest.hexdigest()[:8]}"
+    if isinstance(file, HubFile):
+        return f"{file.name} {file.oid[:8]}".strip()
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - 2**20))  # of parquet it has the footer: the sizes of all columns
+        digest.update(opened.read())
+    return f"{file.name}, {size} bytes, {digest.hexdigest()[:8]}"
+
+
+class Probe:
+    """A file that tells how many of its bytes have been read."""
+
+    def __init__(self, file):
+        self.file, self.raw = file, None
+
+    def __str__(self):
+        return str(self.file)
+
+    def open(self, mode):
+        self.raw = self.file.open(mode)
+        return self.raw
+
+    def seen(self):
+        """Returns bytes, before they are unpacked."""
+        return 0 if self.raw is None else size_of(self.file) if self.raw.closed else self.raw.tell()
 
 
 def describe_data(shards, validation):
-    """Prints how many shards train, and which one validates, of what list_shards returns."""
-    print(f"data    {len(shards):,} training shards; validation: {validation.args[-1]}", flush=True)
+    """Prints what list_shards has chosen: documents and bytes for training, and what validates. Returns the bytes.
+
+    Both are counted in the first 16 MiB of text. If there is more, they are projected by the sizes of the files."""
+    files, documents, size, seen = [f for fetch in shards for f in fetch.args[0].files], 0, 0, 0
+    for fetch in shards if isinstance(files[0], Path) else shards[:1]:
+        shard = fetch()
+        total, kind = sum(map(size_of, fetch.args[0].files)), kind_of(shard.files[0])
+        probes = shard.files if kind in ("parquet", "arrow") else [*map(Probe, shard.files)]
+        row, reading = 0, read_documents(shard._replace(files=tuple(probes)))  # a name of its own keeps the files open
+        for row, text in reading:  # noqa: B007
+            documents, size = documents + 1, size + len(text.encode())
+            if size > 2**24:
+                break
+        else:
+            seen += total
+            continue
+        rows = pq.read_metadata(shard.files[0]).num_rows if kind == "parquet" else 0
+        read = total * (row + 1) / rows if rows else size if kind == "arrow" else sum(p.seen() for p in probes)
+        seen += min(max(read, 1), total)
+        reading.close()
+        break
+    ratio = max(1, sum(map(size_of, files)) / max(seen, 1))
+    about, place = "about " * (ratio > 1), f"{len(shards):,} training shards" if len(shards) > 1 else shard.name
+    amount = f"{documents * ratio:,.0f} documents, {size * ratio / 1e6:,.1f} MB of text"
+    held_out = validation.args[0]
+    share = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
+    part = held_out.name if held_out.part == ALL else share
+    print(f"data    {about}{amount} in {place}; validation: {part}", flush=True)
+    return size * ratio
 
 
 # %% Read documents cellView="form" tags=["shared"]
 # @title Read documents
-DAMAGED_PARQUET = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"} | dict.fromkeys((".jsonl", ".json"), "json")
+KINDS |= dict.fromkeys((".txt", ".md"), "text")
+DAMAGED = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+ALL = (0, 2**32)
 
 
-def check_shard(path):
-    """Returns `path`. Raises InputError unless it is a parquet file with rows and a `text` column; reads its footer.
+class Shard(NamedTuple):
+    """Documents in a fixed order: the rows of a file, or text files. read_documents reads them from any row on."""
 
-    The column's type in parquet counts, a string, not what Arrow makes of it: string_view, a pandas category, …"""
-    try:
-        shard = pq.ParquetFile(path)
-    except DAMAGED_PARQUET as error:
-        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)}); get it again") from error
-    columns = {column.path: column for column in map(shard.schema.column, range(len(shard.schema)))}
-    if "text" not in columns or columns["text"].logical_type.type != "STRING" or shard.metadata.num_rows == 0:
-        found = ", ".join(f"{name} ({kind})" for name, kind in zip(shard.schema_arrow.names, shard.schema_arrow.types))
-        rule = f"must have rows and a `text` column of strings; has {shard.metadata.num_rows} rows of {found}"
-        raise InputError(f"{path}: {rule}")
-    return path
+    name: str
+    files: tuple  # paths or HubFiles: one, or any number of text files
+    column: str = "text"
+    separator: str = ""  # between the documents of a text file
+    skip_bad_rows: bool = False
+    part: tuple = ALL  # [low, high): only texts whose CRC-32 lies there
 
 
-def read_documents(path, start=0):
-    """Yields (row, text) from row `start` on; a row group, compressed, is in memory. Leaves empty and null texts out.
+def kind_of(file):
+    """Returns 'parquet', 'arrow', 'json', 'csv', 'text' or None, by the suffix of a file's name, .gz and .zst aside."""
+    name, packed = re.subn(r"\.(gz|zst)$", "", str(file).lower())
+    kind = KINDS.get(os.path.splitext(name)[1])
+    return None if packed and kind in ("parquet", "arrow") else kind
 
-    Raises InputError for a damaged row group, and if all texts of the shard are empty."""
-    shard, row, empty = pq.ParquetFile(path), 0, 0
-    for group in range(shard.num_row_groups):
-        found = shard.metadata.row_group(group)
+
+def choose_column(file, kinds, sizes, wanted):
+    """Returns the column of the texts: `wanted`, or for 'text' the only column of strings.
+
+    `kinds`: {column: type}; `sizes`: {column of strings: size}. Raises InputError that names the largest of these."""
+    if wanted in sizes:
+        return wanted
+    if wanted == "text" and len(sizes) == 1 and "text" not in kinds:
+        say_once(("column", *sizes), f"data    the texts are the column `{min(sizes)}`, the only one of strings")
+        return min(sizes)
+    found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+    hint = f"; the likeliest: text_column={max(sizes, key=sizes.get)!r}" if sizes else ""
+    raise InputError(f"{file}: must have a `{wanted}` column of strings; its columns: {found}{hint}")
+
+
+def parquet_column(path, file, wanted):
+    """Returns choose_column of an open parquet file. The column's type in parquet counts, a string, not what Arrow
+    makes of it: string_view, a pandas category, …"""
+    names, columns, sizes = file.schema_arrow.names, range(len(file.schema)), {}
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    for i, column in zip(columns, map(file.schema.column, columns)):
+        if column.path in names and column.logical_type.type == "STRING":
+            sizes[column.path] = sum(group.column(i).total_uncompressed_size for group in groups)
+    return choose_column(path, dict(zip(names, file.schema_arrow.types)), sizes, wanted)
+
+
+def parquet_rows(shard, start):
+    """Yields (row, text) of a parquet file. A row group, compressed, is in memory."""
+    file, row = pq.ParquetFile(shard.files[0]), 0
+    column = parquet_column(shard.name, file, shard.column)
+    for group in range(file.num_row_groups):
+        found = file.metadata.row_group(group)
         stop = row + found.num_rows
         # In batches of 16 MiB: a row group may hold more than the 2 GiB of an Arrow array.
         size = min(4096, 1 + found.num_rows * 2**24 // max(1, found.total_byte_size))
-        try:
-            for batch in shard.iter_batches(size, [group], ["text"]) if stop > start else ():
-                texts = batch.column("text").to_pylist()
-                for i, text in enumerate(texts, row):
-                    if text and i >= start:
-                        yield i, text
-                    empty += not text
-                row += len(texts)
-            if start < stop != row:
-                raise OSError(f"it ends with row {row}")
-        except DAMAGED_PARQUET as error:
-            words = first_line(error)
-            raise InputError(f"{path}: row group {group} is damaged ({words}); delete it, get it again") from error
+        for batch in file.iter_batches(size, [group], [column]) if stop > start else ():
+            texts = batch.column(column).to_pylist()
+            yield from enumerate(texts, row)
+            row += len(texts)
+        if start < stop != row:
+            raise OSError(f"row group {group} ends with row {row}")
         row = stop
-    if empty == row:
-        raise InputError(f"{path}: the text of each of its {row:,} rows is empty; leave this shard out")
+
+
+def arrow_rows(shard, start):
+    """Yields (row, text) of an Arrow file or stream, such as `datasets` saves."""
+    with pa.memory_map(str(shard.files[0])) as source:
+        try:
+            file = pa.ipc.open_file(source)
+            schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = pa.ipc.open_stream(source)
+            schema = batches.schema
+        kinds, row = {name: str(kind) for name, kind in zip(schema.names, schema.types)}, 0
+        strings = [
+            name
+            for name, kind in kinds.items()
+            if re.fullmatch("(large_)?string(_view)?|dictionary<values=.*string.*", kind)
+        ]
+        first = [*itertools.islice(batches, 1)]
+        sizes = {name: sum(batch.column(name).nbytes for batch in first) for name in strings}
+        column = choose_column(shard.name, kinds, sizes, shard.column)
+        for batch in itertools.chain(first, batches):
+            for i in range(0, len(batch), 1000):
+                texts = batch.column(column)[i : i + 1000]
+                if row + len(texts) > start:
+                    yield from enumerate(texts.to_pylist(), row)
+                row += len(texts)
+
+
+def open_bytes(file):
+    """Returns the bytes of a file, unpacked, as a buffered stream."""
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(str(file).lower())[1])
+    raw = file.open("rb")
+    return io.BufferedReader(pa.input_stream(raw, compression=packing) if packing else raw, 2**18)
+
+
+def split_bytes(stream, separator):
+    """Yields what stands between separators; without a separator, all."""
+    held = bytearray()
+    while block := stream.read(2**18 if separator else -1):
+        searched = max(0, len(held) - len(separator) + 1)
+        held += block
+        if separator and held.find(separator, searched) >= 0:
+            *pieces, held = held.split(separator)
+            yield from pieces
+    if held or not separator:
+        yield held
+
+
+def text_rows(shard, start):
+    """Yields (row, text, or what is wrong with it) of text files: a file is a document, or a separator ends one."""
+    row, separator = 0, shard.separator.replace("\\n", "\n").replace("\\t", "\t").encode()
+    for file in shard.files:
+        if not separator and row < start:
+            row += 1
+            continue
+        with open_bytes(file) as stream:
+            place = 0
+            for piece in split_bytes(stream, separator):
+                try:
+                    yield row, piece.decode("utf-8-sig" if place == 0 else "utf-8")
+                except UnicodeDecodeError as error:
+                    byte = f"byte {place + error.start:,} is {piece[error.start]:#04x}"
+                    yield row, ValueError(f"{file}: {byte}, no UTF-8: binary, or to be converted (iconv -t UTF-8)")
+                row, place = row + 1, place + len(piece) + len(separator)
+
+
+def json_rows(lines):
+    """Yields (line, object or exception) of JSON lines, or of one JSON list, which is held in memory."""
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        try:
+            yield from enumerate(json.loads("".join([first, *lines])), 1)
+        except json.JSONDecodeError as error:
+            yield error.lineno, error
+        return
+    for number, line in enumerate(itertools.chain([first], lines), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line.strip())
+            except (ValueError, RecursionError) as error:
+                yield number, error
+
+
+def csv_rows(lines):
+    """Yields (line, dict or exception) of CSV with a header; a quoted field may hold lines."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(lines, strict=True)
+    header = next(rows, [])
+    while True:
+        try:
+            fields = next(rows)
+            if fields and len(fields) != len(header):
+                raise csv.Error(f"{len(fields)} fields, and the header has {len(header)}")
+            if fields:
+                yield rows.line_num, dict(zip(header, fields))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield rows.line_num, error
+
+
+def text_of(row, column):
+    """Returns the text of a row, or None. Raises ValueError if the row has none that is a string of Unicode."""
+    if isinstance(row, Exception):
+        raise ValueError(f"{row.msg}: column {row.colno}" if isinstance(row, json.JSONDecodeError) else row)
+    if not isinstance(row, dict) or column not in row:
+        raise ValueError(f"no object with `{column}`")
+    if not isinstance(text := row[column], str | None):
+        raise ValueError(f"`{column}` is of type {type(text).__name__}, no string")
+    if text and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            what = f"byte {code - 0xDC00:#04x}, no UTF-8" if 0xDC80 <= code < 0xDD00 else "half of a surrogate pair"
+            raise ValueError(f"character {error.start + 1:,} of `{column}` is {what}") from None
+    return text
+
+
+def table_rows(shard, start):
+    """Yields (row, text, or what is wrong with it) of a JSON or CSV file."""
+    with open_bytes(file := shard.files[0]) as stream:
+        lines = (line.decode(errors="surrogateescape") for line in stream)
+        lines = itertools.chain([next(lines, "").removeprefix("\ufeff")], lines)
+        rows = csv_rows(lines) if kind_of(file) == "csv" else json_rows(lines)
+        head = list(itertools.islice(rows, 100))
+        values = collections.defaultdict(list)
+        for name, value in (item for _, row in head if isinstance(row, dict) for item in row.items()):
+            values[name].extend([] if value is None else [value])
+        kinds = {name: "/".join(sorted({type(value).__name__ for value in found})) for name, found in values.items()}
+        for name, found in values.items() if kind_of(file) == "csv" else ():
+            if all(re.fullmatch(r"[-+.\deE]*", value) for value in found):
+                kinds[name] = "numbers"
+        sizes = {name: sum(map(len, values[name])) for name, kind in kinds.items() if kind == "str"}
+        column = choose_column(file, kinds, sizes, shard.column) if values else shard.column
+        for row, (line, found) in enumerate(itertools.chain(head, rows)):
+            try:
+                yield row, text_of(found, column)
+            except ValueError as error:
+                yield row, ValueError(f"{file}: line {line:,}: {error}")
+
+
+def read_documents(shard, start=0):
+    """Yields (row, text) from row `start` on. Leaves out empty and null texts, and the other part of a divided file.
+
+    Raises InputError for a damaged file, for a bad row unless `skip_bad_rows`, and if all texts are empty."""
+    readers = {"parquet": parquet_rows, "arrow": arrow_rows, "text": text_rows}
+    row, empty, bad = start - 1, 0, 0
+    try:
+        for row, text in readers.get(kind_of(shard.files[0]), table_rows)(shard, start):
+            if row < start:
+                continue
+            if isinstance(text, ValueError):
+                if not shard.skip_bad_rows:
+                    raise InputError(f"{text}; mend it, or set skip_bad_rows")
+                say_once("bad", f"data    {text}: skipped")
+                bad += 1
+            elif not text:
+                empty += 1
+            elif shard.part == ALL or shard.part[0] <= zlib.crc32(text.encode()) < shard.part[1]:
+                yield row, text
+    except DAMAGED as error:
+        raise InputError(f"{shard.name}: row {row + 1:,} cannot be read ({first_line(error)}); get it again") from error
+    if start == 0 and empty + bad == row + 1:
+        raise InputError(f"{shard.name}: none of its {row + 1:,} rows has a text; leave it out")
+    if bad:
+        say_once(("bad", shard.name), f"data    {bad:,} bad rows of {shard.name} were skipped")
     if empty:
-        say_once("empty", f"data    {empty:,} of {row:,} documents of {Path(path).name} are empty: skipped")
+        say_once("empty", f"data    {empty:,} of {row + 1:,} documents of {Path(shard.name).name} are empty: skipped")
+
+
+def open_shard(shard):
+    """Returns a Shard whose documents can be read: a parquet or Arrow file of the Hub is downloaded, other files of the
+    Hub are streams. Raises InputError for a shard that is damaged or has no texts, as far as its beginning tells."""
+    file = shard.files[0]
+    if isinstance(file, HubFile) and kind_of(file) in ("parquet", "arrow"):
+        shard = shard._replace(files=(hub_file(file.repo_id, file.name, file.revision),))
+    if kind_of(file) != "parquet":
+        next(read_documents(shard), None)
+        return shard
+    try:
+        found = pq.ParquetFile(shard.files[0])
+    except DAMAGED as error:
+        raise InputError(f"{shard.name}: cannot be read as parquet ({first_line(error)}); get it again") from error
+    parquet_column(shard.name, found, shard.column)
+    if found.metadata.num_rows == 0:
+        raise InputError(f"{shard.name}: has no rows; leave it out")
+    return shard
 
 
 # %% Several hosts cellView="form" tags=["shared"]
@@ -2741,21 +3239,13 @@ def lock_folder(run):
 
 
 def data_of(shards, validation, tokenizer):
-    """Returns the data that a checkpoint depends on, for its meta.json: the names of the shards, of local ones with
-    their sizes and a hash of their ends, and a hash of the tokenizer."""
-
-    def name(fetch):
-        shard = fetch.args[-1]  # of functools.partial(…, name or path)
-        if not isinstance(shard, Path):
-            return shard
-        with shard.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 2**20))  # the last MiB has the footer: the sizes of all columns
-            return f"{shard.name}, {size} bytes, {hashlib.sha256(file.read()).hexdigest()[:8]}"
+    """Returns the data that a checkpoint depends on, for its meta.json: the shards by `identity`, and a hash of the
+    tokenizer."""
 
     facts = tokenizer._mergeable_ranks, tokenizer._pat_str, tokenizer._special_tokens
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return {"training shards": [*map(name, shards)], "validation shard": name(validation), "tokenizer": digest}
+    names = [identity(fetch.args[0]) for fetch in (*shards, validation)]
+    return {"training shards": names[:-1], "validation shard": names[-1], "tokenizer": digest}
 
 
 def changed_data(saved, data):
@@ -3151,15 +3641,9 @@ class Training:
 
     def __init__(self, config, report=None):
         self.config, self.report, self.started = config, report, time.perf_counter()
-        self.asked, self.waiting, self.stepping, self.rescuing, self.todo, self.taken = (
-            [],
-            False,
-            False,
-            False,
-            [],
-            None,
-        )
-        self.finished, self.lost, self.validated, self.batches, self.summary = False, False, {}, None, None
+        self.waiting = self.stepping = self.rescuing = self.finished = self.lost = False
+        self.asked, self.todo, self.validated = [], [], {}
+        self.taken = self.batches = self.summary = None
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -3566,6 +4050,13 @@ def show_summary(summary):
 
 # %% Command line cellView="form" tags=["shared"]
 # @title Command line
+def boolean(text):
+    """Returns True for 'true', False for 'false'."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
 def parse_args(argv, config, epilog=""):
     """Returns `config` with the `--field value` pairs of argv. --help lists all. Raises InputError for a wrong one."""
     parser = argparse.ArgumentParser(
@@ -3580,10 +4071,12 @@ def parse_args(argv, config, epilog=""):
     parser.error = refuse
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name, field in fields.items():
-        default, kind = getattr(config, name), field.type if field.type in (int, float) else str
+        default, kind = getattr(config, name), field.type if field.type in (int, float, bool) else str
         sentence = "; ".join(filter(None, (field.metadata["help"], field.metadata["rule"][0])))
         text = f"{sentence} (here {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+        how = {"nargs": "?", "const": True} if kind is bool else {}  # --flag alone is true
+        convert = boolean if kind is bool else kind
+        parser.add_argument(f"--{name}", default=default, help=text, type=convert, metavar=kind.__name__.upper(), **how)
     given, rest = parser.parse_known_args(argv)
     if rest and rest[0].startswith(("--preflight", "--scaling")):
         refuse(f"--preflight and --scaling have a notebook of their own: python 05_preflight.py {parser.prog} v6e")

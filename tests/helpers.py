@@ -1,5 +1,6 @@
 """Small models and batches, a tiny run and what it leaves, notebooks as scripts, and code in a process of its own."""
 
+import functools
 import json
 import os
 import queue
@@ -112,6 +113,16 @@ def write_shard(path, texts, **options):
     return path
 
 
+def shard(nb, path, **how):
+    """A Shard of one file."""
+    return nb.Shard(str(path), (Path(path),), **how)
+
+
+def fetcher(nb, path, **how):
+    """What list_shards returns for one file."""
+    return functools.partial(nb.open_shard, shard(nb, path, **how))
+
+
 # ---- runs
 
 TINY = dict(
@@ -205,7 +216,11 @@ def message(call):
         return f"not an InputError, but {error!r}"
 
 def sha(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    "Of a file, or of that of a Shard."
+    return hashlib.sha256(Path(getattr(path, "files", [path])[0]).read_bytes()).hexdigest()
+
+def hub_shard(repo, name):
+    return nb.open_shard(nb.Shard(name, (nb.HubFile(repo, name),)))
 """
 
 

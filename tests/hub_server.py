@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
+import yaml
+
 ALWAYS = 10**9
 
 
@@ -66,16 +68,22 @@ class HubServer:
                     )
                 headers = more if api else {"ETag": f'"{etag(path, data)}"'}
                 data = data if fault.body is None else fault.body
-                start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
-                if start:
-                    headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                self.answer(206 if start else 200, data[start:], headers | fault.headers, path, start, fault)
+                first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+                start, stop = int(first), int(last or len(data) - 1) + 1
+                if "Range" in self.headers:
+                    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+                status = 206 if "Range" in self.headers else 200
+                self.answer(status, data[start:stop], headers | fault.headers, path, start, fault)
 
             do_HEAD = do_GET
 
             def do_POST(self):
                 hub.requests.append((self.command, self.path))
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                if "/paths-info/" in self.path:
+                    names = parse_qs(body.decode())["paths"]
+                    found = [entry for entry in hub.entries(hub.repo(self.path)) if entry["path"] in names]
+                    return self.answer(200, json.dumps(found).encode(), {})
                 status, answer = hub.next_fault(self.command, self.path).status, {}
                 if status == 200:
                     status, answer = hub.post(self.path, [json.loads(line) for line in body.splitlines()])
@@ -117,30 +125,43 @@ class HubServer:
     def repo(self, path):
         """The repo of a URL path, as it stands before /resolve/: '/datasets/me/corpus' or '/me/model'."""
         if path.startswith("/api/"):
-            kind, owner, name = path.split("/")[2:5]
+            kind, owner, name = path.partition("?")[0].split("/")[2:5]
             return f"/{owner}/{name}" if kind == "models" else f"/{kind}/{owner}/{name}"
         return path.split("/resolve/")[0]
 
     def listing(self, path, query):
         """(JSON, headers) of a page of a listing, or of all of a repo; (None, …) if there is no such repo or folder."""
-        if "/revision/" in path:
-            files = [name.partition("/resolve/main/")[2] for name in self.files if self.repo(name) == self.repo(path)]
-            found = {"id": "", "sha": f"{self.commits:040x}", "siblings": [{"rfilename": name} for name in files]}
+        if "/tree/" not in path:
+            entries = self.entries(self.repo(path))
+            found = {"id": self.repo(path).removeprefix("/datasets/"), "sha": f"{self.commits:040x}", "cardData": None}
+            found["siblings"] = [{"rfilename": entry["path"]} for entry in entries]
+            card = self.files.get(f"{self.repo(path)}/resolve/main/README.md", b"")
+            if card.startswith(b"---"):
+                found["cardData"] = yaml.safe_load(card.decode().split("---")[1])
             return json.dumps(found).encode() if self.repo(path) in self.repos else None, {}
         query, folder = parse_qs(query), path.partition("/tree/main")[2].strip("/")
-        names = {name.partition("/resolve/main/")[2]: name for name in self.files if self.repo(name) == self.repo(path)}
-        names = {name: full for name, full in names.items() if name.startswith(f"{folder}/" if folder else "")}
+        entries = [e for e in self.entries(self.repo(path)) if e["path"].startswith(f"{folder}/" if folder else "")]
         if query.get("recursive", [""])[0].lower() != "true":
-            names = {name: full for name, full in names.items() if "/" not in name.removeprefix(f"{folder}/")}
+            below = [entry["path"].removeprefix(f"{folder}/" if folder else "") for entry in entries]
+            folders = {name.partition("/")[0] for name in below if "/" in name}
+            entries = [entry for entry, name in zip(entries, below, strict=True) if "/" not in name]
+            entries += [{"type": "directory", "path": f"{folder}/{name}".strip("/"), "oid": ""} for name in folders]
         start = int(query.get("cursor", ["0"])[0])
-        entries = [
-            {"type": "file", "path": name, "size": len(self.files[full]), "oid": etag(full, self.files[full])}
-            for name, full in names.items()
-        ]
         stop = start + self.page_size
         link = {"Link": f'<{self.url}{path}?recursive=true&cursor={stop}>; rel="next"'} if stop < len(entries) else {}
-        there = names or not folder and self.repo(path) in self.repos
+        there = entries or not folder and self.repo(path) in self.repos
         return (json.dumps(entries[start:stop]).encode() if there else None), link
+
+    def entries(self, repo):
+        """The files of a repo, as a listing has them."""
+        found = []
+        for path, data in self.files.items():
+            if self.repo(path) == repo:
+                entry = {"type": "file", "path": path.partition("/resolve/main/")[2], "size": len(data)}
+                oid = etag(path, data)
+                lfs = {"lfs": {"oid": oid, "size": len(data), "pointerSize": 134}} if len(oid) == 64 else {}
+                found.append(entry | {"oid": oid} | lfs)
+        return found
 
     def post(self, path, lines):
         """(status, JSON) of what an upload asks for; what is committed is served from then on."""
@@ -176,6 +197,6 @@ class HubServer:
 
 def etag(path, data):
     """As the Hub has it: SHA-256 of large files, and git's own hash of others."""
-    if path.endswith(".parquet"):
+    if path.endswith((".parquet", ".jsonl", ".gz", ".zst", ".arrow")):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import QUIET, TINY, one_line, run_code, saved_steps, tiny, write_shard
+from tests.helpers import QUIET, TINY, fetcher, one_line, run_code, saved_steps, tiny, write_shard
 from tests.hub_server import Fault, HubServer
 from tests.wandb_server import KEY, WandbServer
 
@@ -48,7 +48,7 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tokenizer, tm
     def broken(name):
         raise nb.InputError(f"{name}: gone")
 
-    shards = [functools.partial(nb.check_shard, short), functools.partial(broken, "shard 7")]
+    shards = [fetcher(nb, short), functools.partial(broken, "shard 7")]
     monkeypatch.setattr(nb, "list_shards", lambda config: (shards, validation))
     monkeypatch.setattr(nb, "find_tokenizer", lambda *_: tokenizer)
     with pytest.raises(nb.InputError, match="shard 7: gone"):

@@ -20,6 +20,7 @@ from tests.helpers import (
     ROOT,
     SECONDS,
     TINY,
+    fetcher,
     metrics,
     one_line,
     output_of,
@@ -143,7 +144,7 @@ def test_a_stop_request_is_served_while_the_loop_waits(nb, tokenizer, tmp_path, 
 
     reached_before = []
     if STALLS[stall] == "list_shards":
-        first, second = (functools.partial(nb.check_shard, shard) for shard in shards)
+        first, second = (fetcher(nb, shard) for shard in shards)
         waits = functools.partial(wait, shards[1])
         listed = ([first, waits], second) if stall == "the next shard" else ([first, second], waits)
         monkeypatch.setattr(nb, "list_shards", lambda config: listed)

@@ -1,6 +1,5 @@
 """01_tokenizer.py as a script: it trains, checks, compares, uploads, and says in a line what is wrong; its checks."""
 
-import functools
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import regex
 import tiktoken
 
-from tests.helpers import EMBEDDED, ROOT, documents, one_line, script, without_hub, write_shard
+from tests.helpers import EMBEDDED, ROOT, documents, fetcher, one_line, script, shard, without_hub, write_shard
 from tests.hub_server import HubServer
 
 FILES = ("tokenizer.tiktoken", "tokenizer.json")
@@ -95,7 +94,7 @@ def test_from_the_hub_and_back(nb, tmp_path):
         options = dict(vocab_size=300, num_shards=2, hf_repo_id="me/mine")
         done = script("01_tokenizer.py", cwd=tmp_path, env=env, **options)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "data    2 training shards; validation: shard_01822.parquet" in done.stdout
+        assert "in 2 training shards; validation: shard_01822.parquet" in done.stdout
         assert "300 tokens from 2 shards" in done.stdout and "uploaded to" in done.stdout
     (made,) = (tmp_path / ".cache" / "tpuchat" / "tokenizers").iterdir()
     assert all((made / name).read_bytes() == hub.files[f"/me/mine/resolve/main/tokenizer/{name}"] for name in FILES)
@@ -110,17 +109,17 @@ def test_from_the_hub_and_back(nb, tmp_path):
 def test_the_next_shard_is_fetched_while_one_is_read(nb01, tmp_path):
     asked = [threading.Event() for _ in range(3)]
 
-    def fetcher(i):
+    def numbered(i):
         def fetch():
             asked[i].set()
             return i
 
         return fetch
 
-    paths = nb01.fetch_ahead([fetcher(i) for i in range(3)])
+    paths = nb01.fetch_ahead([numbered(i) for i in range(3)])
     assert next(paths) == 0 and asked[1].wait(10) and not asked[2].is_set()
     assert list(paths) == [1, 2]
-    paths = nb01.fetch_ahead([fetcher(0), functools.partial(nb01.check_shard, tmp_path / "none.parquet")])
+    paths = nb01.fetch_ahead([numbered(0), fetcher(nb01, tmp_path / "none.parquet")])
     assert next(paths) == 0
     with pytest.raises(nb01.InputError, match="none.parquet"):
         next(paths)
@@ -128,7 +127,7 @@ def test_the_next_shard_is_fetched_while_one_is_read(nb01, tmp_path):
 
 def test_bpe_by_definition_learns_the_tokens_of_rustbpe(nb01):
     """On real text and over many ties: the cell that explains BPE explains the BPE that is used."""
-    _, text = next(nb01.read_documents(EMBEDDED / "shard_00000.parquet"))
+    _, text = next(nb01.read_documents(shard(nb01, EMBEDDED / "shard_00000.parquet")))
     ranks = nb01.train_tokenizer([text[:10_000]], 256 + 200 + 9)._mergeable_ranks
     words = regex.findall(nb01.SPLIT_PATTERN, text[:10_000])
     assert "".join(words) == text[:10_000]

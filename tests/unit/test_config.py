@@ -62,6 +62,7 @@ def test_every_field_refuses_every_wrong_type(nb):
     """bool is an int to Python, and NaN passes every comparison but one: both slip through naive checks."""
     wrong = {
         int: (None, True, "8", 8.0, [8]), float: (None, False, "0.1", math.nan, math.inf), str: (None, 3, b"SSSL"),
+        bool: (None, 1, 0.0, "yes"),
         str | tuple: (None, True, 8, "8", "2x", (8,), (0, 8), (2.0, 4), (1, 2, 4)),
     }  # fmt: skip
     for field in dataclasses.fields(nb.Config):
@@ -228,7 +229,7 @@ def test_free_fields_do_not_recompile(nb):
     """A Config is a static argument: jit compiles anew where it differs in a compiled field, and only there."""
     traced = []
     program = jax.jit(lambda config, x: traced.append(config) or x * config.n_head)
-    base, changed = nb.Config(), {int: 7, float: 0.01, str: "x", "resume": "never", "wandb_mode": "offline"}
+    base, changed = nb.Config(), {int: 7, float: 0.01, str: "x", bool: True, "resume": "never", "wandb_mode": "offline"}
     program(base, 1.0)
     for field in dataclasses.fields(base):
         value = COMPILED.get(field.name) or changed.get(field.name, changed.get(field.type))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import EMBEDDED, documents, one_line, write_shard
+from tests.helpers import EMBEDDED, documents, fetcher, one_line, shard, write_shard
 
 
 def folder_config(nb, folder, **changes):
@@ -22,8 +22,8 @@ def test_the_last_shard_validates_whatever_num_shards_is(nb, tmp_path, num_shard
         write_shard(tmp_path / name, [name])
     (tmp_path / "README.md").write_text("not a shard")
     train, validation = nb.list_shards(folder_config(nb, tmp_path, num_shards=num_shards))
-    assert [fetch().name for fetch in train] == sorted(names)[:4][: None if num_shards == -1 else num_shards]
-    assert validation() == tmp_path / "shard_00011.parquet"
+    assert [fetch().files[0].name for fetch in train] == sorted(names)[:4][: None if num_shards == -1 else num_shards]
+    assert validation().files == (tmp_path / "shard_00011.parquet",)
 
 
 def test_list_shards_refuses(nb, tmp_path):
@@ -32,13 +32,13 @@ def test_list_shards_refuses(nb, tmp_path):
             nb.list_shards(folder_config(nb, tmp_path, **changes))
         return str(error.value)
 
-    assert one_line(message(), "0 parquet shards", str(tmp_path))
+    assert one_line(message(), "has no files that can be read", ".jsonl", str(tmp_path))
     write_shard(tmp_path / "a.parquet", ["a"])
-    assert one_line(message(), "1 parquet shards", "at least two")
+    assert one_line(message(), "is one document, and some must validate", "document_separator=")
     write_shard(tmp_path / "b.parquet", ["b"])
     assert len(nb.list_shards(folder_config(nb, tmp_path, num_shards=2))[0]) == 1  # at most so many
     for dataset in ("/no/such/folder", "corpus", "me/", "", "~/no such"):
-        assert one_line(message(dataset=dataset), repr(dataset), "'embedded', a folder of parquet shards", "owner/name")
+        assert one_line(message(dataset=dataset), repr(dataset), "'embedded', a file or folder of text", "owner/name")
 
 
 # name: (files, those that train, the one that validates), or (files, words of the message)
@@ -56,7 +56,7 @@ SPLITS = {
     "a folder of folders": ("data/20BT/0 data/20BT/1 sample/0", "me/x/data/20BT, me/x/sample"),
     "languages": ("train/en/0 train/ru/0 dev/en/0", "me/x/dev/en, me/x/train/en, me/x/train/ru"),
     "many": (" ".join(f"c{i}/0" for i in range(10)), "me/x/c6, me/x/c7, …"),
-    "tests alone": ("test-0 test-1", "has 0 parquet shards for training"),
+    "tests alone": ("test-0 test-1", "has files for test, and none for training"),
 }  # fmt: skip
 
 
@@ -66,11 +66,12 @@ def test_names_that_say_train_validation_or_test_are_followed(nb, name):
     names, *expected = SPLITS[name]
     names = [f"{name}.parquet" for name in names.split()]
     if len(expected) == 2:
-        train, validation = nb.split_shards("me/x", names)
-        assert [" ".join(train).replace(".parquet", ""), validation.removesuffix(".parquet")] == expected
+        train, held_out = nb.choose_splits("me/x", nb.split_names("me/x", names))
+        train, held_out = (train, held_out) if held_out else (train[:-1], train[-1:])  # as list_shards does
+        assert [" ".join(train).replace(".parquet", ""), held_out[-1].removesuffix(".parquet")] == expected
     else:
         with pytest.raises(nb.InputError) as error:
-            nb.split_shards("me/x", names)
+            nb.choose_splits("me/x", nb.split_names("me/x", names))
         assert one_line(str(error.value), "dataset='me/x': has ", *expected)
 
 
@@ -82,10 +83,11 @@ def test_splits_of_a_folder(nb, tmp_path, monkeypatch, capsys):
         write_shard(tmp_path / "corpus" / f"{name}.parquet", [name])
     for dataset in (tmp_path / "corpus", "~/corpus"):
         train, validation = nb.list_shards(folder_config(nb, dataset, num_shards=-1))
-        assert [fetch() for fetch in train] == [tmp_path / "corpus/data/train" / f"{x}.parquet" for x in "ab"]
+        paths = [tmp_path / "corpus/data/train" / f"{x}.parquet" for x in "ab"]
+        assert [fetch().files[0] for fetch in train] == paths
     nb.describe_data(train, validation)
-    words = f"data    2 training shards; validation: {tmp_path / 'corpus/data/dev/a.parquet'}"
-    assert validation() == validation.args[-1] and capsys.readouterr().out.strip() == words
+    words = "data    2 documents, 0.0 MB of text in 2 training shards; validation: "
+    assert capsys.readouterr().out.strip() == words + str(tmp_path / "corpus/data/dev/a.parquet")
 
 
 def test_the_embedded_corpus_is_found_from_another_folder(nb, tmp_path, monkeypatch):
@@ -117,12 +119,13 @@ BAD_SHARDS = {
     "missing": (lambda path: None, ["cannot be read", "get it again"]),
     "not parquet": (lambda path: path.write_bytes(b"<html>404</html>"), ["cannot be read as parquet"]),
     "truncated": (lambda path: path.write_bytes(write_shard(path, GOOD).read_bytes()[:-20]), ["get it again"]),
-    "damaged page": (damage_a_page, ["row group 0 is damaged", "get it again"]),  # its footer is whole
-    "no text": (lambda path: pq.write_table(pa.table({"id": GOOD, "n": [1, 2]}), path), ["n (int64)"]),
+    "damaged page": (damage_a_page, ["row 0 cannot be read", "get it again"]),  # its footer is whole
+    "no text": (lambda path: pq.write_table(pa.table({"n": [1, 2], "x": GOOD, "y": ["long", "longer"]}), path),
+                ["n (int64)", "the likeliest: text_column='y'"]),
     "bytes": (lambda path: pq.write_table(pa.table({"text": [b"a", b"b"]}), path), ["`text`", "binary"]),
     "lists": (lambda path: pq.write_table(pa.table({"text": [["a"], ["b"]]}), path), ["`text`", "list"]),
-    "no rows": (lambda path: write_shard(path, []), ["must have rows", "0 rows"]),
-    "nothing but empty texts": (lambda path: write_shard(path, [None, ""] * 4), ["each of its 8 rows is empty"]),
+    "no rows": (lambda path: write_shard(path, []), ["has no rows"]),
+    "nothing but empty texts": (lambda path: write_shard(path, [None, ""] * 4), ["none of its 8 rows has a text"]),
 }  # fmt: skip
 
 
@@ -132,7 +135,7 @@ def test_a_bad_shard_is_refused_by_name(nb, tmp_path, make, words):
     path = tmp_path / "shard_00007.parquet"
     make(path)
     with pytest.raises(nb.InputError) as error:
-        list(nb.read_documents(nb.check_shard(path)))
+        list(nb.read_documents(fetcher(nb, path)()))
     assert str(error.value).startswith(f"{path}: ") and one_line(str(error.value), *words)
 
 
@@ -151,7 +154,7 @@ def test_strings_of_other_tools_from_any_row(nb, tmp_path, make):
     nested = pa.array([{"a": None, "text": ""}] * len(texts), pa.struct([("a", pa.int64()), ("text", pa.string())]))
     pq.write_table(pa.table({"meta": nested, "text": make(texts)}), tmp_path / "a.parquet", row_group_size=5)
     for start in (0, 4, 5, 11, 12, 99):
-        found = nb.read_documents(nb.check_shard(tmp_path / "a.parquet"), start)
+        found = nb.read_documents(fetcher(nb, tmp_path / "a.parquet")(), start)
         assert list(found) == list(enumerate(texts))[start:]
 
 
@@ -162,9 +165,9 @@ def test_empty_texts_are_left_out_and_counted_once(nb, tokenizer, tmp_path, caps
     nb.SAID.clear()
     for start in (0, 2, 3, 6):
         found = [(row, texts[row]) for row in (0, 2, 5) if row >= start]
-        assert [list(nb.read_documents(path, start)) for path in paths] == [found, found]
+        assert [list(nb.read_documents(shard(nb, path), start)) for path in paths] == [found, found]
     assert capsys.readouterr().out == "data    4 of 7 documents of a.parquet are empty: skipped\n"
-    groups = nb.document_groups([lambda: paths[0], lambda: paths[1]], nb.Position())
+    groups = nb.document_groups([fetcher(nb, path) for path in paths], nb.Position())
     read = [(place, text) for group in itertools.islice(groups, 4) for place, text in group]
     assert read == [(nb.Position(0, shard, row), texts[row]) for shard in (0, 1) for row in (0, 2, 5)]
 
@@ -173,7 +176,7 @@ def test_a_row_group_is_read_in_parts(nb, tmp_path):
     """One of more than 2 GiB does not fit an Arrow array of strings, nor three times into the memory of Colab."""
     path = write_shard(tmp_path / "a.parquet", [f"{i:0100000}" for i in range(1000)], row_group_size=1000)
     tracemalloc.start()
-    assert sum(len(text) for _, text in nb.read_documents(path)) == 100_000_000
+    assert sum(len(text) for _, text in nb.read_documents(shard(nb, path))) == 100_000_000
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 

@@ -135,7 +135,7 @@ def meet_all(calls):
             act(thread)
     answers["wrong files"] = wrong_files()
 """
-    every = f"meet_all({{n: lambda r=r: nb.hub_shard(r, 'shard_00000.parquet') for n, r in {repos!r}.items()}})"
+    every = f"meet_all({{n: lambda r=r: hub_shard(r, 'shard_00000.parquet') for n, r in {repos!r}.items()}})"
     with HubServer(files, faults) as hub:
         env = hub.environment(tmp_path_factory.mktemp("cases"))
         cases = started_code(FIRST + code + every, env | {"HF_HUB_DOWNLOAD_TIMEOUT": "5"})
@@ -154,7 +154,7 @@ def test_hub_shards(hub, tmp_path):
     """What is asked for is downloaded, once; a tokenizer is trained on the first shard, once; what is not there is an
     error that names it."""
     code = """
-answers["names"] = [fetch().name for fetch in (first, validation, first)]
+answers["names"] = [fetch().files[0].name for fetch in (first, validation, first)]
 answers["sizes"] = [nb.find_tokenizer(config, first()).n_vocab for _ in range(2)]
 (_, second), _ = nb.list_shards(config.replace(num_shards=2))
 answers["missing shard"] = message(second)
@@ -185,7 +185,7 @@ started = time.monotonic()
 answers["there"] = [sha(first()), sha(validation())]
 answers["seconds"] = time.monotonic() - started
 if os.environ.get("HF_HUB_OFFLINE"):  # without a network the client would wait
-    answers["not there"] = message(lambda: nb.hub_shard("me/none", "a.parquet"))
+    answers["not there"] = message(lambda: hub_shard("me/none", "a.parquet"))
 """
     env |= {"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {"HF_ENDPOINT": closed_port()}
     answers, printed = asked(env, code)
@@ -249,12 +249,12 @@ def test_a_refused_token_is_named_and_left_out(hub, tmp_path, source):
     hub.faults[url("me/private")] = [Fault("HEAD", 401, "RepoNotFound", **ALL)]
     code = """
 answers["sha"] = [sha(first()), sha(validation())]
-answers["private"] = message(lambda: nb.hub_shard("me/private", "shard_00000.parquet"))
+answers["private"] = message(lambda: hub_shard("me/private", "shard_00000.parquet"))
 answers["upload"] = message(lambda: nb.ask_hub("upload", lambda: nb.hub_api().list_repo_files("me/mine")))
 for token in ("hf_secret\\n", "hf_\\nsecret"):  # the end of a line was pasted with it
     os.environ["HF_TOKEN"] = token
     nb.get_secret.cache_clear()
-    answers[token] = message(lambda: nb.hub_download(*first.args).name)
+    answers[token] = message(lambda: nb.hub_download(*first.args[0].files[0][:2]).name)
 """
     answers, printed = asked(env, code)
     assert answers["sha"] == [digest(hub.files[url(FINEWEB, f"shard_0{i}.parquet")]) for i in ("0000", "1822")]
@@ -294,11 +294,12 @@ import urllib.request
 from huggingface_hub import file_download
 
 def xet_get(*, incomplete_path, **options):
-    urllib.request.urlretrieve(os.environ["HF_ENDPOINT"] + "/datasets/%s/resolve/main/%s" % first.args, incomplete_path)
+    where = "/datasets/%s/resolve/main/%s" % first.args[0].files[0][:2]
+    urllib.request.urlretrieve(os.environ["HF_ENDPOINT"] + where, incomplete_path)
 
 file_download.xet_get, file_download.is_xet_available = xet_get, lambda: True
 for damage in (lambda data: b"\\0" * 99 + data[99:], lambda data: data[:-99], lambda data: b""):
-    file = first().resolve()
+    file = first().files[0].resolve()
     file.chmod(0o600)
     file.write_bytes(damage(file.read_bytes()))
     answers.setdefault("sha", []).extend([sha(first()), sha(file)])
@@ -320,7 +321,7 @@ def test_any_dataset_of_the_hub(hub, tmp_path):
     code = """
 def names(dataset):
     train, last = nb.list_shards(config.replace(dataset=dataset, num_shards=-1))
-    return [fetch.args[1] for fetch in (*train, last)]
+    return [fetch.args[0].name for fetch in (*train, last)]
 
 for dataset in ("me/corpus", "me/corpus/b", "me/none", "me/one", "me/nothing", "me/two", "me/two/y"):
     answers[dataset] = message(lambda: names(dataset))
@@ -335,9 +336,9 @@ answers["got"] = [sha(fetch()) for fetch in (*train, last)]
     assert answers["got"] == [digest(hub.files[url("me/corpus", folder[i])]) for i in (0, 1, 3)]
     assert one_line(answers["me/two"], "name one of them: me/two/x, me/two/y")
     assert answers["me/two/y"] == "no error, but ['y/train-0.parquet', 'y/test-0.parquet']"
-    assert one_line(answers["me/none"], "'me/none'", "0 parquet shards")
-    assert one_line(answers["me/one"], "'me/one'", "1 parquet shards", "at least two")
-    assert one_line(answers["me/nothing"], "cannot list me/nothing", "401")
+    assert one_line(answers["me/none"], "'me/none'", "has no files that can be read", "@refs/convert/parquet")
+    assert one_line(answers["me/one"], "a.parquet", "'me/one'", "is one document")
+    assert one_line(answers["me/nothing"], "cannot find the dataset me/nothing (no file or folder here", "401")
 
 
 def test_hub_tokenizer(hub, tmp_path):
@@ -375,7 +376,9 @@ def test_a_run_begins_before_the_validation_shard_is_there(hub, tmp_path):
     hub.repos.add(f"/datasets/{CLIMBMIX}")
     arrives = threading.Event()
     hub.faults[url(FINEWEB, "shard_01822.parquet")] = [Fault(cut=1000, wait=arrives, times=ALWAYS)]
-    settings = TINY | dict(num_iterations=6, eval_interval=0, save_interval=0, sample_interval=0, log_interval=1)
+    settings = TINY | dict(
+        shuffle=0, num_iterations=6, eval_interval=0, save_interval=0, sample_interval=0, log_interval=1
+    )
     code = f"""
 config = config.replace(**{settings!r})
 for name, dataset in {{"hub": config.dataset, "folder": str(Path.home() / "shards")}}.items():

@@ -1,7 +1,6 @@
 """The loader loses, repeats and hides no token, goes on where it was, and leaves nothing behind."""
 
 import concurrent.futures
-import functools
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import documents, within, write_shard
+from tests.helpers import documents, fetcher, within, write_shard
 
 SECONDS = 20
 
@@ -53,11 +52,11 @@ def reference(nb, tokenizer, shards, epochs=1):
 
 
 @pytest.fixture
-def three(tmp_path):
+def three(nb, tmp_path):
     """(fetchers, texts) of three small training shards, of different lengths."""
     texts = [documents(0, 23), documents(1, 1), documents(2, 12)]
     paths = [write_shard(tmp_path / f"shard_{i:05d}.parquet", part) for i, part in enumerate(texts)]
-    return [lambda path=path: path for path in paths], texts
+    return [fetcher(nb, path) for path in paths], texts
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (1, 7), (3, 5), (4, 64), (2, 9, 3), (2, 700)], ids=str)
@@ -88,12 +87,12 @@ def test_each_process_reads_documents_of_its_own(nb, tokenizer, tmp_path, load, 
     path = write_shard(tmp_path / "shard.parquet", texts)
     for process in range(processes):
         want = reference(nb, tokenizer, [texts[process::processes]])
-        with load([lambda: path], 6, 16, process=process, processes=processes) as loader:
+        with load([fetcher(nb, path)], 6, 16, process=process, processes=processes) as loader:
             assert loader.shape == (1, 6 // processes, 16)
             have = take_tokens(loader, len(want) // (6 // processes * 16))
         np.testing.assert_array_equal(have, want[: len(have)])
     with pytest.raises(nb.InputError, match="device_batch_size=6: must give each of 4 processes as many sequences"):
-        load([lambda: path], 6, 16, process=0, processes=4)
+        load([fetcher(nb, path)], 6, 16, process=0, processes=4)
 
 
 def test_batches_are_on_the_device(load):
@@ -132,7 +131,7 @@ def test_resume_into_a_long_document(nb, tokenizer, tmp_path, load):
     """A position hundreds of batches into one document, in a shard of nothing else."""
     texts = ["A House of Representatives. " * 2000]
     path = write_shard(tmp_path / "a.parquet", texts)
-    with load([lambda: path], 1, 50) as loader:
+    with load([fetcher(nb, path)], 1, 50) as loader:
         take(loader, 100)
         loader.load_state_dict(loader.state_dict())
         np.testing.assert_array_equal(take_tokens(loader, 1), reference(nb, tokenizer, [texts])[5000:5050])
@@ -185,8 +184,8 @@ def test_document_groups(nb, three, monkeypatch):
     assert groups_of(nb, fetchers, (0, 0, 21, 5))[:2] == [[(21, 5, texts[0][21]), (22, 0, texts[0][22])], []]
     rows = [row for row, *_ in itertools.chain(*groups_of(nb, fetchers[2:], process=1, processes=3))]
     assert rows == [1, 4, 7, 10]
-    for start, options, words in [((0, 1, 1), {}, "row 1"), ((0, 1, 0), dict(processes=2), "2 at least")]:
-        with pytest.raises(nb.InputError, match=f"shard_00001.parquet: has 1 documents; .*{words}"):
+    for start, options, words in [((0, 1, 1), {}, "row 1"), ((0, 1, 0), dict(processes=2), "each of 2 processes")]:
+        with pytest.raises(nb.InputError, match=f"shard_00001.parquet: has no document .*{words}"):
             groups_of(nb, fetchers, start, **options)
 
 
@@ -248,10 +247,10 @@ class BrokenTokenizer:
 
 def test_what_is_wrong_is_named(nb, tokenizer, three, load, tmp_path):
     bad = write_shard(tmp_path / "bad.parquet", ["", None])
-    missing = functools.partial(nb.check_shard, tmp_path / "none.parquet")
+    missing = fetcher(nb, tmp_path / "none.parquet")
     for shards, encoder, message in [
         ([missing], tokenizer, r"none\.parquet: cannot be read"),
-        ([three[0][0], lambda: bad], tokenizer, r"bad\.parquet: the text of each of its 2 rows is empty"),
+        ([three[0][0], fetcher(nb, bad)], tokenizer, r"bad\.parquet: none of its 2 rows has a text"),
         (three[0], BrokenTokenizer(), "cannot encode"),
     ]:
         with load(shards, encoder=encoder) as loader, pytest.raises((nb.InputError, RuntimeError), match=message):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import EMBEDDED, one_line, write_shard
+from tests.helpers import EMBEDDED, one_line, shard, write_shard
 
 FILES = ("tokenizer.tiktoken", "tokenizer.json")
 FOLDER = EMBEDDED / "tokenizer"
@@ -194,24 +194,26 @@ def test_a_tokenizer_beside_the_shards_comes_first(nb, tmp_path, home):
     first = corpus(tmp_path / "corpus")
     shutil.copytree(FOLDER, tmp_path / "corpus" / "tokenizer")
     config = nb.Config.demo().replace(dataset=str(first.parent), hf_repo_id="me/none")
-    assert nb.find_tokenizer(config, first).n_vocab == 4096 and not home.exists()
+    assert nb.find_tokenizer(config, shard(nb, first)).n_vocab == 4096 and not home.exists()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(nb, home):
     config = nb.Config.demo().replace(vocab_size=4095)
     with pytest.raises(nb.InputError, match="vocab_size=4095: .*embedded has 4096 tokens; set vocab_size"):
-        nb.find_tokenizer(config, EMBEDDED / "shard_00000.parquet")
-    assert nb.find_tokenizer(config.replace(vocab_size=5000), EMBEDDED / "shard_00000.parquet").n_vocab == 4096
+        nb.find_tokenizer(config, shard(nb, EMBEDDED / "shard_00000.parquet"))
+    assert (
+        nb.find_tokenizer(config.replace(vocab_size=5000), shard(nb, EMBEDDED / "shard_00000.parquet")).n_vocab == 4096
+    )
 
 
 def test_a_tokenizer_is_trained_once(nb, tmp_path, home, capsys):
     """On the first shard, for this size of vocabulary, and kept; not beside the shards."""
     first = corpus(tmp_path / "corpus")
     config = nb.Config.demo().replace(dataset=str(first.parent), vocab_size=300)
-    one, again = nb.find_tokenizer(config, first), nb.find_tokenizer(config, first)
+    one, again = nb.find_tokenizer(config, shard(nb, first)), nb.find_tokenizer(config, shard(nb, first))
     assert one.n_vocab == 300 and one._mergeable_ranks == again._mergeable_ranks
     assert capsys.readouterr().out == "training a tokenizer of 300 tokens on a.parquet\n"
-    assert nb.find_tokenizer(config.replace(vocab_size=310), first).n_vocab == 310
+    assert nb.find_tokenizer(config.replace(vocab_size=310), shard(nb, first)).n_vocab == 310
     assert not (first.parent / "tokenizer").exists()
 
 
@@ -228,9 +230,9 @@ def test_a_tokenizer_is_not_that_of_another_folder(nb, tmp_path, home, monkeypat
         monkeypatch.chdir(folder.parent)
         for spelling in (folder, Path(folder.name), Path(".") / ".." / folder.parent.name / folder.name):
             config = nb.Config.demo().replace(dataset=str(spelling), vocab_size=300)
-            names.add(nb.tokenizer_folder(config, spelling / "a.parquet"))
-        trained = nb.find_tokenizer(config, spelling / "a.parquet")
-        assert trained._mergeable_ranks == nb.find_tokenizer(config, folder / "a.parquet")._mergeable_ranks
+            names.add(nb.tokenizer_folders(config)[-1])
+        trained = nb.find_tokenizer(config, shard(nb, spelling / "a.parquet"))
+        assert trained._mergeable_ranks == nb.find_tokenizer(config, shard(nb, folder / "a.parquet"))._mergeable_ranks
     assert len(names) == len(folders) and all(len(name.name) < 70 for name in names)
 
 
@@ -240,5 +242,5 @@ def test_an_interrupted_save_is_not_taken_for_a_tokenizer(nb, tmp_path, home, mo
     config = nb.Config.demo().replace(dataset=str(first.parent), vocab_size=300)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(nb.json, "dumps", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
-        nb.find_tokenizer(config, first)
-    assert nb.find_tokenizer(config, first).n_vocab == 300
+        nb.find_tokenizer(config, shard(nb, first))
+    assert nb.find_tokenizer(config, shard(nb, first)).n_vocab == 300

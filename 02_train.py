@@ -2557,34 +2557,43 @@ class Probe:
         return 0 if self.raw is None else size_of(self.file) if self.raw.closed else self.raw.tell()
 
 
+def count_documents(shard, enough=2**24):
+    """Returns (documents, bytes of text, share of the shard that was read): all, or until there is `enough` text."""
+    documents = size = row = 0
+    kind, total = kind_of(shard.files[0]), sum(map(size_of, shard.files))
+    probes = shard.files if kind in ("parquet", "arrow") else tuple(map(Probe, shard.files))
+    reading = read_documents(shard._replace(files=probes))  # its name keeps the file open
+    for row, text in reading:  # noqa: B007
+        documents, size = documents + 1, size + len(text.encode())
+        if size > enough:
+            break
+    else:
+        return documents, size, 1.0
+    if kind == "parquet":
+        read = (row + 1) / pq.read_metadata(shard.files[0]).num_rows
+    elif kind == "arrow":  # it holds the text as it is
+        read = size / total * ALL[1] / (shard.part[1] - shard.part[0])
+    else:
+        read = sum(probe.seen() for probe in probes) / total
+    return documents, size, min(max(read, 1e-9), 1.0)
+
+
 def describe_data(shards, validation):
     """Prints what list_shards has chosen: documents and bytes for training, and what validates. Returns the bytes.
 
     Both are counted in the first 16 MiB of text. If there is more, they are projected by the sizes of the files."""
-    files, documents, size, seen = [f for fetch in shards for f in fetch.args[0].files], 0, 0, 0
-    for fetch in shards if isinstance(files[0], Path) else shards[:1]:
-        shard = fetch()
-        total, kind = sum(map(size_of, fetch.args[0].files)), kind_of(shard.files[0])
-        probes = shard.files if kind in ("parquet", "arrow") else [*map(Probe, shard.files)]
-        row, reading = 0, read_documents(shard._replace(files=tuple(probes)))  # a name of its own keeps the files open
-        for row, text in reading:  # noqa: B007
-            documents, size = documents + 1, size + len(text.encode())
-            if size > 2**24:
-                break
-        else:
-            seen += total
-            continue
-        rows = pq.read_metadata(shard.files[0]).num_rows if kind == "parquet" else 0
-        read = total * (row + 1) / rows if rows else size if kind == "arrow" else sum(p.seen() for p in probes)
-        seen += min(max(read, 1), total)
-        reading.close()
-        break
-    ratio = max(1, sum(map(size_of, files)) / max(seen, 1))
-    about, place = "about " * (ratio > 1), f"{len(shards):,} training shards" if len(shards) > 1 else shard.name
+    sizes, documents, size, seen = [sum(map(size_of, fetch.args[0].files)) for fetch in shards], 0, 0, 0
+    held_out, last = validation.args[0], shards[-1].args[0]
+    for fetch, on_disk in zip(shards if isinstance(last.files[0], Path) else shards[:1], sizes):
+        count, n_bytes, share = count_documents(fetch(), 2**24 - size)
+        documents, size, seen = documents + count, size + n_bytes, seen + share * on_disk
+        if size > 2**24:
+            break
+    ratio = max(1, sum(sizes) / seen)
+    about, place = "about " * (ratio > 1), f"{len(shards):,} training shards" if len(shards) > 1 else last.name
+    part = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
+    part = held_out.name if held_out.part == ALL else part
     amount = f"{documents * ratio:,.0f} documents, {size * ratio / 1e6:,.1f} MB of text"
-    held_out = validation.args[0]
-    share = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
-    part = held_out.name if held_out.part == ALL else share
     print(f"data    {about}{amount} in {place}; validation: {part}", flush=True)
     return size * ratio
 

@@ -2320,7 +2320,11 @@ def ask_hub(what, call):
             if pause and cause is error and not (refused or disk or cannot_pass(cause)):
                 time.sleep(pause)
                 continue
+            page = str(getattr(getattr(cause, "response", None), "url", "")).partition("/resolve/")[0]
+            token = "one is set" if hub_token() else "none is set"
+            gated = isinstance(cause, errors.GatedRepoError)
             hints = {
+                f"accept its conditions at {page}, and give that account's token: HF_TOKEN ({token})": gated,
                 "make room, or set HF_HOME": disk,
                 "wait, or set HF_TOKEN: accounts have higher limits": status == 429,
                 "check the name, and that HF_TOKEN may read (for an upload: write) it": refused,
@@ -2656,8 +2660,9 @@ def list_shards(config):
     elif len(shards) > 1:
         validation = shards.pop()
     else:
-        hashes = {zlib.crc32(text.encode()) for text in beginning(open_shard(shards[0]))}
-        rule = "is one document, and some must validate; set document_separator='\\n\\n', or give more files"
+        hashes = {zlib.crc32(document.encode()) for document in beginning(open_shard(shards[0]))}
+        hint = "set document_separator='\\n\\n', or give more files" if text else "give more"
+        rule = f"is one document, and some must validate; {hint}"
         require(len(hashes) > 1, "dataset", config.dataset, rule)
         limit = max(ALL[1] // 50, min(hashes) + 1)
         validation, shards = shards[0]._replace(part=(0, limit)), [shards[0]._replace(part=(limit, ALL[1]))]

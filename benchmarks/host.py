@@ -1,6 +1,6 @@
 """What does the host's work cost: saving, logging, loading? In parts of the work that it stands beside.
 
-    python benchmarks/host.py [checkpoint log loader] [--rounds 7]
+    python benchmarks/host.py [checkpoint log loader formats] [--rounds 7]
 
 checkpoint: a model of the demo's kind, but larger. Prints the time that save() holds up the training, as a ratio to the
     copy of the state to host memory alone, and to a step; the step beside which the file is written, as a ratio to one
@@ -15,13 +15,23 @@ loader: tokens per second of PrefetchDataLoader, from parquet to packed batches 
     corpus as they are (29,000 characters on average) and cut to 4,700, about the average of FineWeb-Edu. The ratio of
     tokens per second of CPU time of all threads says how much work the loader adds; other work on the machine hardly
     changes it. As many tokens are read ahead at the end as at the start.
+
+formats: the same ratio for the short documents in other formats, with two threads, shuffled and not, and for JSON lines
+    that are streamed from a Hub on the loopback interface for the first time.
 """
 
 import argparse
 import contextlib
+import csv
+import functools
+import gzip
+import hashlib
 import itertools
+import json
 import os
+import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +44,9 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from common import embedded_data, in_turn, load, timed  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.hub_server import HubServer  # noqa: E402
 
 TARGET = 0.85
 nb = load("02_train.py")
@@ -129,6 +142,42 @@ def map_rates(tokenizer, texts, threads):
     return np.array([sum(counts) / s for s in (seconds, time.process_time() - cpu)])
 
 
+def shard_of(file):
+    """Returns a function that returns the Shard of one file."""
+    return functools.partial(nb.open_shard, nb.Shard(str(file), (file,)))
+
+
+def formats(rounds):
+    config = nb.Config.demo()
+    shards, _, tokenizer = embedded_data(nb, config)
+    texts = [text for fetch in shards for _, text in nb.read_documents(fetch())]
+    short = [text[i : i + 4700] for text in texts for i in range(0, len(text), 4700)]
+    tokens = sum(len(tokenizer.encode_ordinary(text)) for text in short)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in short).encode()
+    with tempfile.TemporaryDirectory() as folder, HubServer({"/datasets/me/x/resolve/main/a.jsonl": lines}) as hub:
+        folder = Path(folder)
+        os.environ |= {"HF_ENDPOINT": hub.url, "HOME": str(folder), "HF_HUB_DISABLE_XET": "1"}
+        (folder / "a.jsonl").write_bytes(lines)
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+        with open(folder / "a.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in short)])
+        pq.write_table(pa.table({"text": short}), folder / "a.parquet", row_group_size=1000)
+        files = {name: folder / name for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv")}
+        files["streamed a.jsonl"] = nb.HubFile("me/x", "a.jsonl", "main", len(lines), hashlib.sha256(lines).hexdigest())
+        print("format                   shuffled  ratio to map (quartiles)   of CPU time")
+        for name, file in files.items():
+            for shuffle in (0, 1000):
+                pairs = []
+                for _ in range(rounds):
+                    want = map_rates(tokenizer, short, 2)
+                    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the stream is downloaded anew
+                    pairs.append(
+                        loader_rates(config.replace(shuffle=shuffle), tokenizer, [shard_of(file)], 2, tokens) / want
+                    )
+                wall, cpu = zip(*pairs)
+                print(f"{name:25}{shuffle:8}  {quartiles(wall):25}  {quartiles(cpu)}", flush=True)
+
+
 def loader(rounds):
     config = nb.Config.demo()
     shards, _, tokenizer = embedded_data(nb, config)
@@ -139,7 +188,7 @@ def loader(rounds):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "short.parquet"
         pq.write_table(pa.table({"text": short}), path, row_group_size=1000)
-        for documents, files in ((texts, shards), (short, [lambda: path])):
+        for documents, files in ((texts, shards), (short, [shard_of(path)])):
             for threads in (1, 2):
                 for shape in (config, config.replace(device_batch_size=4, seq_len=2048)):
                     pairs = [
@@ -156,7 +205,7 @@ def loader(rounds):
 
 
 def main():
-    parts = {"checkpoint": checkpoint, "log": log, "loader": loader}
+    parts = {"checkpoint": checkpoint, "log": log, "loader": loader, "formats": formats}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=list(parts), choices=list(parts), metavar="|".join(parts))
     parser.add_argument("--rounds", type=int, default=7)

@@ -17,7 +17,7 @@ DOCS += sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*")
 BEFORE = {"--preset", "--help"}  # options that a notebook takes from the command line before parse_args sees the rest
 WORKER = {"--sweep_id", "--project", "--entity", "--runs", "--trials"}  # 03_worker's own
 NUMBER = {f"--{name}" for name in ("runs", "trials")}
-COMMAND = re.compile(r"(?:\bpython|host\.sh start) +(?:-u +)?(0\w+\.(?:py|ipynb))([^\n`'#|;&)]*)")
+COMMAND = re.compile(r"(?:\bpython|host\.sh start) +(?:-u +)?(0\w+\.(?:py|ipynb))((?:'[^'\n]*'|[^\n`'#|;&)])*)")
 
 
 def read(doc):

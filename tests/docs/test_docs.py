@@ -55,7 +55,7 @@ def test_relative_links_lead_somewhere(page):
 def test_a_broken_link_is_named():
     text = "[a](nothing.md) [b](../README.md#start) [c](#no-such-part) [d](https://x.org/y) ![e][badge]"
     assert broken_links("docs/data.md", text) == ["badge", "nothing.md", "#no-such-part"]
-    assert broken_links("docs/data.md", "[a][x] [b](#shards-from-the-hub)\n\n[x]: cloud.md\n") == []
+    assert broken_links("docs/data.md", "[a][x] [b](#the-hub)\n\n[x]: cloud.md\n") == []
 
 
 def test_every_long_entry_is_linked_from_the_log():

@@ -34,7 +34,7 @@ def test_list_shards_refuses(nb, tmp_path):
 
     assert one_line(message(), "has no files that can be read", ".jsonl", str(tmp_path))
     write_shard(tmp_path / "a.parquet", ["a"])
-    assert one_line(message(), "is one document, and some must validate", "document_separator=")
+    assert one_line(message(), "is one document, and some must validate; give more")
     write_shard(tmp_path / "b.parquet", ["b"])
     assert len(nb.list_shards(folder_config(nb, tmp_path, num_shards=2))[0]) == 1  # at most so many
     for dataset in ("/no/such/folder", "corpus", "me/", "", "~/no such"):

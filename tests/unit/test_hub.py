@@ -337,7 +337,7 @@ answers["got"] = [sha(fetch()) for fetch in (*train, last)]
     assert one_line(answers["me/two"], "name one of them: me/two/x, me/two/y")
     assert answers["me/two/y"] == "no error, but ['y/train-0.parquet', 'y/test-0.parquet']"
     assert one_line(answers["me/none"], "'me/none'", "has no files that can be read", "@refs/convert/parquet")
-    assert one_line(answers["me/one"], "a.parquet", "'me/one'", "is one document")
+    assert one_line(answers["me/one"], "dataset='me/one': is one document, and some must validate; give more")
     assert one_line(answers["me/nothing"], "cannot find the dataset me/nothing (no file or folder here", "401")
 
 

@@ -1424,6 +1424,15 @@ def read_documents(shard, start=0):
         say_once("empty", f"data    {empty:,} of {row + 1:,} documents of {Path(shard.name).name} are empty: skipped")
 
 
+def shuffled(shard, place, size, seed):
+    """Yields (row, text) as read_documents does, each block of `size` rows in a random order of its own."""
+    start = place.row // size * size
+    for block, rows in itertools.groupby(read_documents(shard, start), lambda document: document[0] // size):
+        texts, rng = dict(rows), np.random.default_rng((seed, place.epoch, place.shard, block))
+        drawn = enumerate((rng.permutation(size) + block * size).tolist(), block * size)
+        yield from ((row, texts[source]) for row, source in drawn if row >= place.row and source in texts)
+
+
 def open_shard(shard):
     """Returns a Shard whose documents can be read: a parquet or Arrow file of the Hub is downloaded, other files of the
     Hub are streams. Raises InputError for a shard that is damaged or has no texts, as far as its beginning tells."""

@@ -1365,15 +1365,6 @@ def encode_document(tokenizer, text):
     return np.concatenate([np.array([tokenizer.encode_single_token("<|bos|>")], np.uint32), *tokens])
 
 
-def shuffled(shard, place, size, seed):
-    """Yields (row, text) as read_documents does, each block of `size` rows in a random order of its own."""
-    start = place.row // size * size
-    for block, rows in itertools.groupby(read_documents(shard, start), lambda document: document[0] // size):
-        texts, rng = dict(rows), np.random.default_rng((seed, place.epoch, place.shard, block))
-        drawn = enumerate((rng.permutation(size) + block * size).tolist(), block * size)
-        yield from ((row, texts[source]) for row, source in drawn if row >= place.row and source in texts)
-
-
 def document_groups(shards, start, process=0, processes=1, shuffle=0, seed=0):
     """Yields lists of (Position, text), forever, about GROUP_CHARS each, and an empty list at the end of each shard.
 
@@ -2840,6 +2831,15 @@ def read_documents(shard, start=0):
         say_once(("bad", shard.name), f"data    {bad:,} bad rows of {shard.name} were skipped")
     if empty:
         say_once("empty", f"data    {empty:,} of {row + 1:,} documents of {Path(shard.name).name} are empty: skipped")
+
+
+def shuffled(shard, place, size, seed):
+    """Yields (row, text) as read_documents does, each block of `size` rows in a random order of its own."""
+    start = place.row // size * size
+    for block, rows in itertools.groupby(read_documents(shard, start), lambda document: document[0] // size):
+        texts, rng = dict(rows), np.random.default_rng((seed, place.epoch, place.shard, block))
+        drawn = enumerate((rng.permutation(size) + block * size).tolist(), block * size)
+        yield from ((row, texts[source]) for row, source in drawn if row >= place.row and source in texts)
 
 
 def open_shard(shard):

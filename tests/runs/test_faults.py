@@ -45,10 +45,11 @@ def test_a_shard_that_breaks_later_ends_the_run_with_its_error(nb, tokenizer, tm
     _, validation = nb.list_shards(nb.Config.demo())
     short = write_shard(tmp_path / "short.parquet", ["some words " * 100] * 40)
 
-    def broken(name):
-        raise nb.InputError(f"{name}: gone")
+    def broken(shard):
+        raise nb.InputError(f"{shard.name}: gone")
 
-    shards = [fetcher(nb, short), functools.partial(broken, "shard 7")]
+    gone = nb.Shard("shard 7", (nb.HubFile("me/x", "7.parquet"),))
+    shards = [fetcher(nb, short), functools.partial(broken, gone)]
     monkeypatch.setattr(nb, "list_shards", lambda config: (shards, validation))
     monkeypatch.setattr(nb, "find_tokenizer", lambda *_: tokenizer)
     with pytest.raises(nb.InputError, match="shard 7: gone"):

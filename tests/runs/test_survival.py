@@ -140,12 +140,12 @@ def test_a_stop_request_is_served_while_the_loop_waits(nb, tokenizer, tmp_path, 
             reached.set()
             release.wait(SECONDS)
         reached_before.append(1)
-        return args[-1] if STALLS[stall] == "list_shards" else function(*args, **options)
+        return second() if STALLS[stall] == "list_shards" else function(*args, **options)
 
     reached_before = []
     if STALLS[stall] == "list_shards":
         first, second = (fetcher(nb, shard) for shard in shards)
-        waits = functools.partial(wait, shards[1])
+        waits = functools.partial(wait, nb.Shard("b", (nb.HubFile("me/x", "b.parquet"),)))
         listed = ([first, waits], second) if stall == "the next shard" else ([first, second], waits)
         monkeypatch.setattr(nb, "list_shards", lambda config: listed)
         monkeypatch.setattr(nb, "find_tokenizer", lambda *_: tokenizer)

@@ -78,7 +78,7 @@ SMALL = dict(  # values that are often right, for the fields whose size costs ti
 MESHES = st.sampled_from(["auto", "auto", (1, 1), (2, 2), (1, 8), [2, 1], "1x2", "2,"])
 BY_TYPE = {
     int: st.integers(-2, 1000), float: st.floats(0, 10), str: st.text(string.printable, max_size=6),
-    str | tuple: MESHES,
+    str | tuple: MESHES, bool: st.booleans(),
 }  # fmt: skip
 
 

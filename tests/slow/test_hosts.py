@@ -167,7 +167,7 @@ def test_one_is_asked_to_stop_and_one_is_killed(start_two, tmp_path):
     ("each", "words", "alone"),
     [
         ([{"learning_rate": 0.01}, {"learning_rate": 0.02}], "several hosts: Config or tokenizer differ", False),
-        ([{"dataset": "nowhere"}] * 2, "dataset='nowhere': must be 'embedded', a folder of parquet shards", False),
+        ([{"dataset": "nowhere"}] * 2, "dataset='nowhere': must be 'embedded', a file or folder of text", False),
         ([{"run_dir": "tests"}] * 2, "run_dir='tests': tests is not empty and holds no run", True),
     ],
     ids=lambda value: str(value)[:30],

@@ -2195,11 +2195,12 @@ def ask_hub(what, call):
             cause = error.__cause__ if wrapped and error.__cause__ else error
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             disk = getattr(cause, "errno", 0) in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-            refused = 400 <= status < 500 or isinstance(cause, errors.HFValidationError)
+            refused = 400 <= status < 500 and status != 429 or isinstance(cause, errors.HFValidationError)
             if pause and cause is error and not (refused or disk or cannot_pass(cause)):
                 time.sleep(pause)
                 continue
-            page = str(getattr(getattr(cause, "response", None), "url", "")).partition("/resolve/")[0]
+            page = str(getattr(getattr(cause, "response", None), "url", ""))
+            page = re.sub(r"(/api)?(/datasets)?/([^/]+/[^/]+)/(resolve|revision|tree)/.*", r"\2/\3", page)
             token = "one is set" if hub_token() else "none is set"
             gated = isinstance(cause, errors.GatedRepoError)
             hints = {
@@ -2298,7 +2299,7 @@ class HubStream(io.RawIOBase):
     is downloaded as far as it is read, and no byte of it twice.
 
     The length of the copy is the whole state, so a killed process loses nothing. A complete copy must have the Hub's
-    SHA-256. Raises InputError if a download fails or the file is damaged."""
+    hash. Raises InputError if a download fails or the file is damaged."""
 
     def __init__(self, file):
         self.file, self.place = file, 0
@@ -2350,9 +2351,12 @@ class HubStream(io.RawIOBase):
                 self.copy.flush()
             except OSError as error:
                 raise InputError(f"cannot keep {self.path}: {error.strerror}; make room, or set HOME") from error
-            if stop == size and len(oid) == 64 and file_sha256(self.path) != oid:
+            git = hashlib.sha1(b"blob %d\0" % size)
+            if stop == size and len(oid) == len(git.hexdigest()):
+                git.update(self.path.read_bytes())
+            if stop == size and oid not in ("", git.hexdigest()) and file_sha256(self.path) != oid:
                 self.path.unlink()
-                raise InputError(f"{name} of {repo_id}: the SHA-256 of what arrived is not the Hub's; start again")
+                raise InputError(f"{name} of {repo_id}: the hash of what arrived is not the Hub's; start again")
         finally:
             fcntl.flock(self.copy, fcntl.LOCK_UN)
 
@@ -2366,9 +2370,8 @@ class HubStream(io.RawIOBase):
 # As the Hub reads names: no letter stands before or after such a word.
 SPLIT_WORD = re.compile(r"(?<![^\W\d_])(train|val|dev|test|eval)(ing|id|idation|uation)?(?![^\W\d_])", re.I)
 NO_DATA = re.compile(r"(^|/)([._]|(readme|licen[cs]e|dataset_infos?|dataset_dict|state|tokenizer)\.)", re.I)
-HUB_NAME = re.compile(
-    r"(\w[\w.-]*/[\w.-]+)(?:/([^:@]+?))?/?(?::([^@]+))?(?:@(.+))?"
-)  # repo, folder, configuration, revision
+# owner/name, folder, configuration, revision
+HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([^:@]+?))?/?(?::([^@]+))?(?:@(.+))?")
 
 
 def on_hub(dataset):
@@ -2410,10 +2413,14 @@ def hub_files(dataset):
     if dataset in HUB_SHARDS:
         names = [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
         return {name: HubFile(dataset, name) for name in names}, None
-    rule = "must be 'embedded', a file or folder of text, or a dataset of the Hugging Face Hub: owner/name, such as "
+    rule = (
+        "must be 'embedded', a file or folder of text (there is none here of this name), or a dataset of the Hugging "
+    )
+    rule += "Face Hub: owner/name, such as "
     match = None if kind_of(dataset) else HUB_NAME.fullmatch(dataset)
     require(match, "dataset", dataset, rule + next(iter(HUB_SHARDS)))
     repo_id, folder, configuration, revision = match.groups()
+    require(not (folder and configuration), "dataset", dataset, "name a folder or a configuration, not both")
     what = f"find the dataset {repo_id} (no file or folder here has this name)"
     info = read_hub(what, lambda api: api.dataset_info(repo_id, revision=revision or "main"))
     tree = {"path_in_repo": folder, "recursive": True, "revision": info.sha, "repo_type": "dataset"}
@@ -2433,8 +2440,9 @@ def declared_splits(dataset, info, configuration):
     """Returns {split: [names of files]} of a configuration in the card of a dataset, None if it has no configurations.
 
     Without a name it is the only one, or the default. Raises InputError that lists them."""
-    configs = (info.card_data or {}).get("configs") or []
-    names = [config["config_name"] for config in configs]
+    configs = (info.card_data or {}).get("configs")
+    configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    names = [str(config.get("config_name", "default")) for config in configs]
     default = [name for name, config in zip(names, configs) if config.get("default") or name == "default"]
     chosen = configuration or (default or names if len(default or names) == 1 else [""])[0] if names else None
     if chosen not in names:
@@ -2445,53 +2453,77 @@ def declared_splits(dataset, info, configuration):
         return None
     import datasets
 
-    options = {"revision": info.sha, "cache_dir": cache_dir() / "datasets"}
-    resolve = functools.partial(datasets.load_dataset_builder, info.id, chosen, **options)
-    found = read_hub(f"resolve {chosen} of {info.id}", lambda api: resolve(token=api.token)).config.data_files
-    splits = collections.defaultdict(list)
+    token = False if "token" in SAID else hub_token()  # the Hub has refused it
+    options = {"revision": info.sha, "token": token, "cache_dir": cache_dir() / "datasets"}
+    try:
+        found = datasets.load_dataset_builder(info.id, chosen, **options).config.data_files
+    except Exception as error:  # of any class: a card may say anything
+        hint = f"name a folder, or try {info.id}@refs/convert/parquet"
+        raise InputError(f"dataset={dataset!r}: {chosen} cannot be found: {first_line(error)}; {hint}") from error
+    splits, others = collections.defaultdict(list), []
     for split, urls in found.items():
-        word = SPLIT_WORD.fullmatch(str(split))
+        word = SPLIT_WORD.search(str(split))
         splits[word[1].lower() if word else ""] += [unquote(url.partition(f"@{info.sha}/")[2]) for url in urls]
+        others += [] if word else [str(split)]
+    if splits["train"] and others:
+        say_once(("splits", dataset), f"data    left out: the splits {', '.join(others)}")
+    one = splits["train"] or len(others) < 2
+    require(one, "dataset", dataset, f"has the splits {', '.join(others)}, and none for training; name a folder of it")
     return splits
 
 
-def split_names(dataset, names, mixed=False):
+def split_names(dataset, names, text=False):
     """Returns {split: [names]}, by the words of names: train, val, dev, test, eval; '' for those without.
 
-    The word nearest to the end of a path decides. Raises InputError if several folders hold a data set each, unless
-    they may be mixed."""
+    The word nearest to the end of a path decides; the titles of text files hold words that mean nothing. Raises
+    InputError if several folders hold a data set each. Folders of text files, and those like year=2026, are one."""
     splits, folders = collections.defaultdict(list), {}
     for *above, name in (name.split("/") for name in sorted(names)):
-        words = [word[1].lower() for part in (name, *above[::-1]) if (word := SPLIT_WORD.search(part))]
+        parts = [part for part in (name, *above[::-1]) if not (text and " " in part)]
+        words = [word[1].lower() for part in parts if (word := SPLIT_WORD.search(part))]
         splits[words[0] if words else ""].append("/".join([*above, name]))
+        above = [part for part in above if "=" not in part]
         root = list(itertools.takewhile(lambda part: not SPLIT_WORD.fullmatch(part), above)) or above
         folders["/".join([dataset, *root])] = SPLIT_WORD.sub("", "/".join(above)).strip("-_./ ")
+    # One data set: each folder, without the words of splits, lies in the one before it.
     one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted({*folders.values()})))
     found = ", ".join([*folders][:8]) + ", …" * (len(folders) > 8)
-    require(one or mixed, "dataset", dataset, f"has several data sets; name one of them: {found}")
+    require(one or text, "dataset", dataset, f"has several data sets; name one of them: {found}")
     return splits
+
+
+def local_files(dataset):
+    """Returns {name: path} of what may be data in a folder. Raises InputError if it cannot be read."""
+    path = local_path(dataset)
+    require(path.is_dir(), "dataset", dataset, "is neither a file nor a folder")
+    try:
+        found = [p for p in path.rglob("*") if kind_of(p) and p.is_file()] if list(path.iterdir()) else []
+    except OSError as error:
+        raise InputError(f"dataset={dataset!r}: cannot be read: {error.strerror}") from error
+    return {p.relative_to(path).as_posix(): p for p in found}
 
 
 def find_files(dataset):
     """Returns ({name: path or HubFile}, {split: [names]}) of the data of a dataset, all of one kind.
 
-    That is parquet, else the most frequent kind. Hidden files, and names such as README, are no data."""
+    That is parquet, else the most frequent kind. Hidden files, and names such as README, are no data. Tables in the
+    folder itself hide those in folders below it."""
     if on_hub(dataset):
         files, splits = hub_files(dataset)
     elif (path := local_path(dataset)).is_file():
         files, splits = {path.name: path}, {"": [path.name]}
     else:
-        visible = [p for p in path.iterdir() if kind_of(p) and not NO_DATA.search(p.name) and p.is_file()]
-        found = visible or [p for p in path.rglob("*") if kind_of(p) and p.is_file()]
-        files, splits = {p.relative_to(path).as_posix(): p for p in found}, None
+        files, splits = local_files(dataset), None
     if not splits:
-        data = [name for name in sorted(files) if not NO_DATA.search(name)]
-        kinds = collections.Counter(filter(None, map(kind_of, data)))
+        data = [name for name in sorted(files) if kind_of(name) and not NO_DATA.search(name)]
+        kinds = collections.Counter(map(kind_of, data))
         kind = max(kinds, key=lambda kind: (kind == "parquet", kinds[kind]), default="")
-        others = ", ".join(f"{count} {other} files" for other, count in kinds.items() if other != kind)
-        if others:
-            say_once(("kinds", dataset), f"data    {dataset}: {kind} is read; left out: {others}")
-        splits = split_names(dataset, [name for name in data if kind_of(name) == kind], mixed=kind == "text")
+        names = [name for name in data if kind_of(name) == kind]
+        if not on_hub(dataset) and kind != "text":
+            names = [name for name in names if "/" not in name] or names
+        if len(names) < len(data):
+            say_once(("kinds", dataset), f"data    {dataset}: {len(names)} {kind} files of {len(data)} files are read")
+        splits = split_names(dataset, names, kind == "text")
     readable = all(kind_of(name) for names in splits.values() for name in names) and any(splits.values())
     rule = f"has no files that can be read ({', '.join(KINDS)}; .gz, .zst)"
     require(readable, "dataset", dataset, rule + "; try owner/name@refs/convert/parquet" * on_hub(dataset))
@@ -2502,16 +2534,20 @@ def choose_splits(dataset, splits):
     """Returns (names of the files that train, names of those that validate, perhaps none)."""
     train = splits.get("train") or splits.get("")
     require(train, "dataset", dataset, f"has files for {', '.join(splits)}, and none for training")
-    return train, next((splits[word] for word in ("val", "dev", "test", "eval") if splits.get(word)), [])
+    if splits.get("train") and splits.get(""):
+        left = f"left out: {len(splits[''])} files that are of no split, as {splits[''][0]}"
+        say_once(("left out", dataset), f"data    {left}")
+    held_out = next((splits[word] for word in ("val", "dev", "test", "eval") if splits.get(word)), [])
+    return [name for name in train if name not in held_out] or train, held_out
 
 
-def beginning(shard, chars=2**24):
-    """Yields the first texts of a shard, up to so many characters."""
+def beginning(shard, chars=2**24, least=20):
+    """Yields the first texts of a shard: up to so many characters, but `least` texts."""
     left = chars
-    for _, text in read_documents(shard):
+    for count, (_, text) in enumerate(read_documents(shard), 1):
         yield text
         left -= len(text)
-        if left < 0:
+        if left < 0 and count >= least:
             return
 
 
@@ -2540,13 +2576,18 @@ def list_shards(config):
         validation = shards.pop()
     else:
         hashes = {zlib.crc32(document.encode()) for document in beginning(open_shard(shards[0]))}
-        hint = "set document_separator='\\n\\n', or give more files" if text else "give more"
-        rule = f"is one document, and some must validate; {hint}"
+        hint = "set document_separator='\\n\\n', or give more files" if text and not separator else "give more"
+        none = f", without {separator!r} in it," if separator else ","
+        rule = f"is one document{none} and some must validate; {hint}"
         require(len(hashes) > 1, "dataset", config.dataset, rule)
         limit = max(ALL[1] // 50, min(hashes) + 1)
         validation, shards = shards[0]._replace(part=(0, limit)), [shards[0]._replace(part=(limit, ALL[1]))]
-    shards = shards[: None if config.num_shards == -1 else config.num_shards]
-    return [functools.partial(open_shard, shard) for shard in shards], functools.partial(open_shard, validation)
+    chosen = shards[: None if config.num_shards == -1 else config.num_shards]
+    if len(chosen) < len(shards) and config.dataset not in HUB_SHARDS:
+        say_once(
+            ("shards", dataset := config.dataset), f"data    {dataset}: num_shards={len(chosen)} of {len(shards)} train"
+        )
+    return [functools.partial(open_shard, shard) for shard in chosen], functools.partial(open_shard, validation)
 
 
 def size_of(file):
@@ -2555,19 +2596,25 @@ def size_of(file):
 
 
 def identity(shard):
-    """Returns what tells a shard from others: its name, of a local file the size and a hash of its last MiB."""
-    file, digest = shard.files[0], hashlib.sha256()
-    if len(shard.files) > 1:
-        for file in shard.files:
-            digest.update(f"{file} {size_of(file)}\n".encode())
-        return f"{len(shard.files)} files, {sum(map(size_of, shard.files))} bytes, {digest.hexdigest()[:8]}"
-    if isinstance(file, HubFile):
+    """Returns what tells a shard from others: of files of the Hub their hashes, of local ones size, beginning, end."""
+    sizes, digest = sum(map(size_of, shard.files)), hashlib.sha256()
+    if len(shard.files) == 1 and isinstance(file := shard.files[0], HubFile):
         return f"{file.name} {file.oid[:8]}".strip()
-    with file.open("rb") as opened:
-        size = opened.seek(0, 2)
-        opened.seek(max(0, size - 2**20))  # of parquet it has the footer: the sizes of all columns
-        digest.update(opened.read())
-    return f"{file.name}, {size} bytes, {digest.hexdigest()[:8]}"
+    for file in shard.files:
+        digest.update(os.fsencode(Path(str(file)).name))
+        if isinstance(file, HubFile):
+            digest.update(file.oid.encode())
+            continue
+        with file.open("rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(opened.tell(), size_of(file) - 2**20))  # of parquet it has the footer: sizes of all columns
+            digest.update(opened.read())
+    name = (
+        os.fsencode(Path(str(file)).name).decode(errors="replace")
+        if len(shard.files) == 1
+        else f"{len(shard.files)} files"
+    )
+    return f"{name}, {sizes} bytes, {digest.hexdigest()[:8]}"
 
 
 class Probe:
@@ -2589,39 +2636,43 @@ class Probe:
 
 
 def count_documents(shard, enough=2**24):
-    """Returns (documents, bytes of text, share of the shard that was read): all, or until there is `enough` text."""
+    """Returns (documents, bytes of text, share of the shard that was read, whether that is all of it).
+
+    It stops when there is `enough` text in 100 documents."""
     documents = size = row = 0
     kind, total = kind_of(shard.files[0]), sum(map(size_of, shard.files))
     probes = shard.files if kind in ("parquet", "arrow") else tuple(map(Probe, shard.files))
     reading = read_documents(shard._replace(files=probes))  # its name keeps the file open
     for row, text in reading:  # noqa: B007
         documents, size = documents + 1, size + len(text.encode())
-        if size > enough:
+        if size > enough and documents >= 100:
             break
     else:
-        return documents, size, 1.0
+        return documents, size, 1.0, True
     if kind == "parquet":
         read = (row + 1) / pq.read_metadata(shard.files[0]).num_rows
     elif kind == "arrow":  # it holds the text as it is
         read = size / total * ALL[1] / (shard.part[1] - shard.part[0])
     else:
         read = sum(probe.seen() for probe in probes) / total
-    return documents, size, min(max(read, 1e-9), 1.0)
+    return documents, size, min(max(read, 1e-9), 1.0), False
 
 
 def describe_data(shards, validation):
     """Prints what list_shards has chosen: documents and bytes for training, and what validates. Returns the bytes.
 
-    Both are counted in the first 16 MiB of text. If there is more, they are projected by the sizes of the files."""
+    Both are counted in the first 16 MiB of text, 100 documents at least. If there is more, they are projected by the
+    sizes of the files."""
     sizes, documents, size, seen = [sum(map(size_of, fetch.args[0].files)) for fetch in shards], 0, 0, 0
     held_out, last = validation.args[0], shards[-1].args[0]
     for fetch, on_disk in zip(shards if isinstance(last.files[0], Path) else shards[:1], sizes):
-        count, n_bytes, share = count_documents(fetch(), 2**24 - size)
+        count, n_bytes, share, whole = count_documents(fetch(), 2**24 - size)
         documents, size, seen = documents + count, size + n_bytes, seen + share * on_disk
-        if size > 2**24:
+        if not whole:
             break
     ratio = max(1, sum(sizes) / seen)
-    about, place = "about " * (ratio > 1), f"{len(shards):,} training shards" if len(shards) > 1 else last.name
+    about = "about " if ratio > 1.001 else "" if whole else "more than "
+    place = f"{len(shards):,} training shards" if len(shards) > 1 else last.name
     part = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
     part = held_out.name if held_out.part == ALL else part
     amount = f"{documents * ratio:,.0f} documents, {size * ratio / 1e6:,.1f} MB of text"
@@ -2631,9 +2682,9 @@ def describe_data(shards, validation):
 
 # %% Read documents cellView="form" tags=["shared"]
 # @title Read documents
-KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"} | dict.fromkeys((".jsonl", ".json"), "json")
-KINDS |= dict.fromkeys((".txt", ".md"), "text")
-DAMAGED = pa.ArrowException, OSError, UnicodeDecodeError  # what pyarrow raises
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
+KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json") | dict.fromkeys((".txt", ".md"), "text")
+DAMAGED = pa.ArrowException, OSError, UnicodeDecodeError, KeyError  # what pyarrow raises
 ALL = (0, 2**32)
 
 
@@ -2664,7 +2715,8 @@ def choose_column(file, kinds, sizes, wanted):
     if wanted == "text" and len(sizes) == 1 and "text" not in kinds:
         say_once(("column", *sizes), f"data    the texts are the column `{min(sizes)}`, the only one of strings")
         return min(sizes)
-    found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+    found = [f"{name} ({kind})" for name, kind in kinds.items()] or ["none"]
+    found = ", ".join(found[:20]) + ", …" * (len(found) > 20)
     hint = f"; the likeliest: text_column={max(sizes, key=sizes.get)!r}" if sizes else ""
     raise InputError(f"{file}: must have a `{wanted}` column of strings; its columns: {found}{hint}")
 
@@ -2738,64 +2790,78 @@ def split_bytes(stream, separator):
     while block := stream.read(2**18 if separator else -1):
         searched = max(0, len(held) - len(separator) + 1)
         held += block
+        if searched == 0 and separator not in held and (lines := separator.replace(b"\n", b"\r\n")) in held:
+            separator = lines  # Windows ends lines so
         if separator and held.find(separator, searched) >= 0:
             *pieces, held = held.split(separator)
-            yield from pieces
+            yield from ((piece, len(separator)) for piece in pieces)
     if held or not separator:
-        yield held
+        yield held, 0
+
+
+def not_utf8(file, place, data):
+    """Returns a ValueError about the byte at `place` of a file, the first of `data`."""
+    words = f"byte {place:,} is {data[0]:#04x}, no UTF-8: binary, or to be converted (iconv -t UTF-8)"
+    return ValueError(f"{file}: {words}")
 
 
 def text_rows(shard, start):
     """Yields (row, text, or what is wrong with it) of text files: a file is a document, or a separator ends one."""
-    row, separator = 0, shard.separator.replace("\\n", "\n").replace("\\t", "\t").encode()
+    row, separator = 0, shard.separator
+    for written, meant in {"\\n": "\n", "\\r": "\r", "\\t": "\t"}.items():
+        separator = separator.replace(written, meant)
     for file in shard.files:
         if not separator and row < start:
             row += 1
             continue
         with open_bytes(file) as stream:
-            place = 0
-            for piece in split_bytes(stream, separator):
+            place = len(stream.read(3)) if stream.peek(3)[:3] == b"\xef\xbb\xbf" else 0
+            for piece, gap in split_bytes(stream, separator.encode()):
                 try:
-                    yield row, piece.decode("utf-8-sig" if place == 0 else "utf-8")
+                    yield row, piece.decode()
                 except UnicodeDecodeError as error:
-                    byte = f"byte {place + error.start:,} is {piece[error.start]:#04x}"
-                    yield row, ValueError(f"{file}: {byte}, no UTF-8: binary, or to be converted (iconv -t UTF-8)")
-                row, place = row + 1, place + len(piece) + len(separator)
+                    yield row, not_utf8(file, place + error.start, piece[error.start :])
+                row, place = row + 1, place + len(piece) + gap
 
 
 def json_rows(lines):
-    """Yields (line, object or exception) of JSON lines, or of one JSON list, which is held in memory."""
-    first = next(lines, "")
+    """Yields (where, object or exception) of JSON lines, or of one JSON list, which is held in memory."""
+    numbered = enumerate(lines, 1)
+    above, first = next(((n, line) for n, line in numbered if line.strip()), (1, ""))
     if first.lstrip().startswith("["):
         try:
-            yield from enumerate(json.loads("".join([first, *lines])), 1)
-        except json.JSONDecodeError as error:
-            yield error.lineno, error
+            rows = json.loads("".join([first, *(line for _, line in numbered)]))
+            yield from ((f"item {i:,}", row) for i, row in enumerate(rows, 1))
+        except (ValueError, RecursionError) as error:
+            yield f"line {above + getattr(error, 'lineno', 1) - 1:,}", error
         return
-    for number, line in enumerate(itertools.chain([first], lines), 1):
+    for number, line in itertools.chain([(above, first)], numbered):
         if line.strip():
             try:
-                yield number, json.loads(line.strip())
+                yield f"line {number:,}", json.loads(line.strip())
             except (ValueError, RecursionError) as error:
-                yield number, error
+                yield f"line {number:,}", error
 
 
 def csv_rows(lines):
-    """Yields (line, dict or exception) of CSV with a header; a quoted field may hold lines."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(lines, strict=True)
-    header = next(rows, [])
+    """Yields (where, dict or exception) of CSV with a header, of commas, semicolons or tabs; a quoted field may hold
+    lines, up to 16 MiB."""
+    csv.field_size_limit(2**24)
+    first = next(lines, "")
+    delimiter, header = max(",;\t", key=first.count), None
+    rows = csv.reader(itertools.chain([first], lines), strict=True, delimiter=delimiter)
     while True:
         try:
             fields = next(rows)
+            header = header or fields
             if fields and len(fields) != len(header):
                 raise csv.Error(f"{len(fields)} fields, and the header has {len(header)}")
-            if fields:
-                yield rows.line_num, dict(zip(header, fields))
+            if fields and fields is not header:
+                yield f"line {rows.line_num:,}", dict(zip(header, fields))
         except StopIteration:
             return
         except csv.Error as error:
-            yield rows.line_num, error
+            yield f"line {rows.line_num:,}", error
 
 
 def text_of(row, column):
@@ -2816,27 +2882,39 @@ def text_of(row, column):
     return text
 
 
+def table_column(file, rows, wanted):
+    """Returns the column of the texts, by the first rows of a JSON or CSV file: `wanted` if it may hold strings."""
+    values = collections.defaultdict(list)
+    for name, value in (item for row in rows if isinstance(row, dict) for item in row.items()):
+        values[name].extend([] if value is None else [value])
+    kinds = {name: "/".join(sorted({type(value).__name__ for value in found})) for name, found in values.items()}
+    if wanted in values and "str" in (kinds[wanted] or "str") or not values:
+        return wanted
+    for name, found in values.items() if kind_of(file) == "csv" else ():
+        if all(re.fullmatch(r"[-+.\deE]*", value) for value in found):
+            kinds[name] = "numbers"
+    sizes = {name: sum(map(len, values[name])) for name, kind in kinds.items() if kind == "str"}
+    return choose_column(file, kinds, sizes, wanted)
+
+
 def table_rows(shard, start):
     """Yields (row, text, or what is wrong with it) of a JSON or CSV file."""
     with open_bytes(file := shard.files[0]) as stream:
+        if (begin := stream.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
+            yield 0, not_utf8(file, 0, begin)
+            return
         lines = (line.decode(errors="surrogateescape") for line in stream)
         lines = itertools.chain([next(lines, "").removeprefix("\ufeff")], lines)
-        rows = csv_rows(lines) if kind_of(file) == "csv" else json_rows(lines)
-        head = list(itertools.islice(rows, 100))
-        values = collections.defaultdict(list)
-        for name, value in (item for _, row in head if isinstance(row, dict) for item in row.items()):
-            values[name].extend([] if value is None else [value])
-        kinds = {name: "/".join(sorted({type(value).__name__ for value in found})) for name, found in values.items()}
-        for name, found in values.items() if kind_of(file) == "csv" else ():
-            if all(re.fullmatch(r"[-+.\deE]*", value) for value in found):
-                kinds[name] = "numbers"
-        sizes = {name: sum(map(len, values[name])) for name, kind in kinds.items() if kind == "str"}
-        column = choose_column(file, kinds, sizes, shard.column) if values else shard.column
-        for row, (line, found) in enumerate(itertools.chain(head, rows)):
+        rows, head, size = csv_rows(lines) if kind_of(file) == "csv" else json_rows(lines), [], 0
+        while len(head) < 100 and size < 2**20 and (item := next(rows, None)):
+            head.append(item)
+            size += len(str(item[1]))
+        column = table_column(file, [row for _, row in head], shard.column)
+        for row, (where, found) in enumerate(itertools.chain(head, rows)):
             try:
                 yield row, text_of(found, column)
             except ValueError as error:
-                yield row, ValueError(f"{file}: line {line:,}: {error}")
+                yield row, ValueError(f"{file}: {where}: {error}")
 
 
 def read_documents(shard, start=0):
@@ -2844,7 +2922,7 @@ def read_documents(shard, start=0):
 
     Raises InputError for a damaged file, for a bad row unless `skip_bad_rows`, and if all texts are empty."""
     readers = {"parquet": parquet_rows, "arrow": arrow_rows, "text": text_rows}
-    row, empty, bad = start - 1, 0, 0
+    row, empty, bad, damaged = start - 1, 0, 0, DAMAGED  # a name of its own: at the exit of Python globals are gone
     try:
         for row, text in readers.get(kind_of(shard.files[0]), table_rows)(shard, start):
             if row < start:
@@ -2858,8 +2936,9 @@ def read_documents(shard, start=0):
                 empty += 1
             elif shard.part == ALL or shard.part[0] <= zlib.crc32(text.encode()) < shard.part[1]:
                 yield row, text
-    except DAMAGED as error:
-        raise InputError(f"{shard.name}: row {row + 1:,} cannot be read ({first_line(error)}); get it again") from error
+    except damaged as error:
+        what = f"{shard.name}: cannot be read from row {row + 1:,} on: {first_line(error)}"
+        raise InputError(f"{what}; if it is damaged, get it again") from error
     if start == 0 and empty + bad == row + 1:
         raise InputError(f"{shard.name}: none of its {row + 1:,} rows has a text; leave it out")
     if bad:
@@ -2869,12 +2948,13 @@ def read_documents(shard, start=0):
 
 
 def shuffled(shard, place, size, seed):
-    """Yields (row, text) as read_documents does, each block of `size` rows in a random order of its own."""
+    """Yields (row, text) as read_documents does, the documents of each block of `size` rows in an order of its own."""
     start = place.row // size * size
     for block, rows in itertools.groupby(read_documents(shard, start), lambda document: document[0] // size):
-        texts, rng = dict(rows), np.random.default_rng((seed, place.epoch, place.shard, block))
-        drawn = enumerate((rng.permutation(size) + block * size).tolist(), block * size)
-        yield from ((row, texts[source]) for row, source in drawn if row >= place.row and source in texts)
+        texts, rng = [text for _, text in rows], np.random.default_rng((seed, place.epoch, place.shard, block))
+        drawn = enumerate(rng.permutation(len(texts)).tolist(), block * size)
+        yield from ((row, texts[source]) for row, source in drawn if row >= place.row)
+        del texts  # before the next block is read
 
 
 def open_shard(shard):

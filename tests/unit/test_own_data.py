@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -135,7 +136,7 @@ def test_text_files_are_documents(nb, tmp_path):
 
 
 def test_separators_at_the_border_of_a_block(nb, tmp_path):
-    """A text file is read in blocks of 16 MiB; a separator and a character may lie on the border."""
+    """A text file is read in blocks of 256 KiB; a separator and a character may lie on the border."""
     texts = ["é" * (2**23 - 3), "a", "б" * 50, "end"]
     for shift in range(12):
         (tmp_path / "a.txt").write_text("<|eot|>".join(["x" * shift + texts[0], *texts[1:]]), encoding="utf-8")
@@ -156,6 +157,9 @@ def test_splits_of_any_kind_of_file(nb, tmp_path):
     for name in ("a.txt", "b.txt", "valid/c.txt", "valid/d.txt"):
         (tmp_path / "texts" / name).write_text(name)
     assert read(nb, tmp_path / "texts" / "valid") in ([["c.txt"], ["d.txt"]], [["valid/c.txt"], ["valid/d.txt"]])
+    (tmp_path / "texts" / "Training Day.txt").write_text("a title, not a split")
+    train, _ = read(nb, tmp_path / "texts")
+    assert len(train) == 3  # with a.txt and b.txt
     (tmp_path / "named" / "val" / "a.jsonl").unlink()
     (tmp_path / "named" / "test" / "a.jsonl").unlink()
     assert read(nb, tmp_path / "named") == [["train/a.jsonl"], ["train/b.jsonl"]]
@@ -179,8 +183,8 @@ def test_the_kind_that_is_read(nb, tmp_path, capsys):
     nb.SAID.clear()
     assert read(nb, tmp_path) == [["x.parquet"], ["y.parquet"]]
     out = capsys.readouterr().out
-    assert f"data    {tmp_path}: csv is read; left out: 2 text files" in out
-    assert f"data    {tmp_path}: parquet is read; left out: 2 text files, 3 csv files" in out
+    assert f"data    {tmp_path}: 3 csv files of 5 files are read" in out
+    assert f"data    {tmp_path}: 2 parquet files of 7 files are read" in out
 
 
 def test_what_was_chosen_is_printed(nb, tmp_path, capsys):
@@ -234,10 +238,57 @@ def test_the_column_of_the_texts(nb, tmp_path, capsys):
         assert sorted(train + validation) == sorted(TEXTS)
 
 
+def test_the_first_rows_do_not_decide_alone(nb, tmp_path):
+    """Nulls first, a number first, numerals in CSV: the column `text` is taken where it is."""
+    rows = [{"text": None, "title": "a title"}] * 150 + [{"text": text, "title": "b"} for text in TEXTS]
+    (tmp_path / "nulls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n' + LINES)
+    (tmp_path / "numerals.csv").write_text("text,other\n" + "17,x\n" * 150 + "words,y\n")
+    (tmp_path / "excel.csv").write_text("id;text\n1;one\n2;two\n")
+    (tmp_path / "tabs.tsv").write_text("id\ttext\n1\tone\n2\ttwo\n")
+    for name in ("nulls.jsonl", "number.jsonl"):
+        train, validation = read(nb, tmp_path / name, skip_bad_rows=True)
+        assert sorted(train + validation) == sorted(TEXTS)
+    assert {*sum(read(nb, tmp_path / "numerals.csv"), [])} == {"17", "words"}
+    for name in ("excel.csv", "tabs.tsv"):
+        assert sorted(sum(read(nb, tmp_path / name), [])) == ["one", "two"]
+
+
+def test_lines_that_end_as_those_of_windows(nb, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\r\n\r\nthree")
+    for separator in ("\n\n", "\\n\\n", "\\r\\n\\r\\n"):
+        found = nb.read_documents(shard(nb, tmp_path / "a.txt", separator=separator))
+        assert [text for _, text in found] == ["one", "two", "three"]
+
+
+def test_a_changed_file_is_another(nb, tmp_path):
+    """At its beginning, at its end, in any of many; and a copy elsewhere is the same."""
+
+    def named(folder):
+        return nb.identity(nb.list_shards(config_of(nb, folder))[0][0].args[0])
+
+    for name in ("a", "copy"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            (tmp_path / name / f"{i}.txt").write_text(f"note {i}")
+    assert named(tmp_path / "a") == named(tmp_path / "copy")
+    (tmp_path / "copy" / "7.txt").write_text("NOTE 7")
+    assert named(tmp_path / "a") != named(tmp_path / "copy")
+    text = LINES * (1 + 3_000_000 // len(LINES))
+    (tmp_path / "a.jsonl").write_text(text)
+    before = named(tmp_path / "a.jsonl")
+    for changed in (text.replace("text", "TEXT", 1).replace("TEXT", "text", 0), text[:-3] + "x}\n"):
+        (tmp_path / "a.jsonl").write_text(changed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nb, "open_shard", lambda shard: shard)
+            patch.setattr(nb, "beginning", lambda shard: ["one", "two"])
+            assert named(tmp_path / "a.jsonl") != before
+
+
 # ---- bad input
 
 
-def bad_files(folder):
+def bad_files(folder):  # noqa: C901
     """{name: (Config fields, words of the message)} of files that are refused; it writes them."""
     good = json.dumps({"text": "good"})
 
@@ -262,15 +313,23 @@ def bad_files(folder):
             {}, ["broken.jsonl: line 3: Unterminated string", "skip_bad_rows"]),
         write("surrogate.jsonl", good + '\n{"text": "x\\ud800"}\n'): ({}, ["line 2: character 2", "surrogate pair"]),
         write("broken.json", f"[{good},\n{good},\n{good}"): ({}, ["broken.json: line 3: Expecting ',' delimiter"]),
-        write("numbers.jsonl", f'{good}\n{good}\n{{"text": 3}}\n'): ({}, ["a `text` column", "text (int/str)"]),
+        write("numbers.jsonl", f'{good}\n{good}\n{{"text": 3}}\n'): ({}, ["line 3: `text` is of type int"]),
         write("scalar.jsonl", f"{good}\n3\n"): ({}, ["scalar.jsonl: line 2: no object with `text`"]),
         write("lists.jsonl", "".join(json.dumps(row) + "\n" for row in lists)): ({}, ["text (list)"]),
         write("late.jsonl", f"{good}\n" * 150 + '{"text": ["a"]}\n'): ({}, ["line 151: `text` is of type list"]),
         write("fields.csv", "id,text\n1,a\n2,b,c\n"): ({}, ["fields.csv: line 3: 3 fields, and the header has 2"]),
         write("quote.csv", 'text\n"a"\n"b\n'): ({}, ["quote.csv: line 3: unexpected end of data"]),
-        write("cut.jsonl.gz", cut): ({}, ["cut.jsonl.gz: row ", "cannot be read", "Truncated"]),
-        write("wrong.jsonl.zst", b"no zstd at all"): ({}, ["wrong.jsonl.zst: row 0 cannot be read"]),
-        write("wrong.arrow", b"no arrow at all"): ({}, ["wrong.arrow: row 0 cannot be read"]),
+        write("cut.jsonl.gz", cut): ({}, ["cut.jsonl.gz: cannot be read from row ", "Truncated"]),
+        write("wrong.jsonl.zst", b"no zstd at all"): ({}, ["wrong.jsonl.zst: cannot be read from row 0 on"]),
+        write("wrong.arrow", b"no arrow at all"): ({}, ["wrong.arrow: cannot be read from row 0 on"]),
+        write("utf16.jsonl", LINES.encode("utf-16")): ({}, ["utf16.jsonl: byte 0 is 0xff, no UTF-8"]),
+        write("bom.txt", b"\xef\xbb\xbfabc\xe9"): ({}, ["bom.txt: byte 6 is 0xe9"]),
+        write("mac.csv", "text\ra\rb\r"): ({}, ["mac.csv: line 1: new-line character"]),
+        write("deep.json", "[" * 200_000): ({}, ["deep.json: line 1: maximum recursion depth"]),
+        write("digits.json", "[" + "1" * 5000 + "]"): ({}, ["digits.json: line 1: Exceeds the limit"]),
+        write("separated.txt", "one\ntwo"): ({"document_separator": "<eot>"}, ["one document, without '<eot>' in it,"]),
+        write("sub/file", "") and os.mkfifo(folder / "fifo") or "fifo": ({}, ["is neither a file nor a folder"]),
+        "./missing": ({}, ["(there is none here of this name)"]),
         write("nothing.jsonl", ""): ({}, ["nothing.jsonl: none of its 0 rows has a text"]),
         write("one.txt", "the only document"): ({}, ["is one document, and some must validate", "document_separator="]),
         write("packed.jsonl.bz2", bz2.compress(LINES.encode())): ({}, ["has no files that can be read", ".gz, .zst"]),
@@ -400,7 +459,7 @@ def test_bits_per_byte_of_any_script(nb, tmp_path, name):
 def test_memory_stays_flat_over_a_large_file(tmp_path, megabytes):
     """JSON lines, packed and not, and text with separators: the peak is that of a small file, within 100 MB."""
     code = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 from tools.notebooks import load
 nb, path, size, how = load("02_train.py"), Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -410,9 +469,12 @@ with nb.pa.output_stream(path, compression="detect" if how != "text" else None) 
         file.write(line)
 config = nb.Config.demo().replace(dataset=str(path), document_separator="}" * (how == "text"))
 shards, validation = nb.list_shards(config)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # ru_maxrss begins with that of the process that starts this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = peak()
 count = sum(1 for _ in nb.read_documents(shards[0]()._replace(part=nb.ALL)))
-print(count, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(count, (peak() - before) // 1024)
 """
     for name, how in (("a.jsonl", "lines"), ("a.jsonl.gz", "lines"), ("a.txt", "text")):
         command = [sys.executable, "-c", code, str(tmp_path / name), str(megabytes), how]

@@ -48,6 +48,16 @@ configs:
 ---
 """
 
+SPLITS = b"""---
+configs:
+- config_name: default
+  data_files:
+  - {split: train_sft, path: data/train_sft*}
+  - {split: test_sft, path: data/test_sft*}
+  - {split: other, path: data/other*}
+---
+"""
+
 FILES = {
     url("two", "README.md"): CARD,
     url("two", "data/en-1.parquet"): parquet(TEXTS[100:200]),
@@ -66,6 +76,16 @@ FILES = {
     url("zip", "texts.zip"): b"PK",
     url("large", "large.jsonl"): LARGE,
     url("gated", "data.jsonl"): LINES,
+    url("chat", "README.md"): SPLITS,
+    url("chat", "data/train_sft.jsonl"): LINES,
+    url("chat", "data/test_sft.jsonl"): b'{"text": "a test"}\n',
+    url("chat", "data/other.jsonl"): b'{"text": "another"}\n',
+    url("langs", "README.md"): SPLITS.replace(b"train_sft", b"en").replace(b"test_sft", b"de"),
+    url("langs", "data/en.jsonl"): LINES,
+    url("langs", "data/de.jsonl"): LINES,
+    url("langs", "data/other.jsonl"): LINES,
+    url("lost", "README.md"): b"---\nconfigs:\n- {data_files: none-*.jsonl}\n---\n",
+    url("lost", "a.jsonl"): LINES,
     url("columns", "data.jsonl"): b'{"title": "a", "body": "longer"}\n{"title": "b", "body": "and longer"}\n',
 }
 
@@ -100,6 +120,7 @@ answers["default"] = read("me/default")
 answers["b"] = read("me/default:b")
 answers["folder"] = read("me/two/ru")
 answers["revision"] = read(f"me/two:ru@{'0' * 39}1")
+answers["chat"] = read("me/chat")
 answers["plain"] = read("me/plain", document_separator="<|eot|>")
 """
     answers, printed = asked(hub, tmp_path, code)
@@ -108,16 +129,34 @@ answers["plain"] = read("me/plain", document_separator="<|eot|>")
         train, validation, shard = answers[name]
         assert sorted(train + validation) == sorted(TEXTS) and validation and shard.startswith(f"{first} ")
     assert answers["revision"] == answers["ru"] and sorted(answers["b"][0] + answers["b"][1]) == ["one", "two"]
+    assert answers["chat"][:2] == [TEXTS, ["a test"]]
+    assert "data    left out: the splits other" in printed
     assert answers["plain"][:2] == [TEXTS[:200], TEXTS[200:]]
 
 
 def test_what_is_refused(hub, tmp_path):
     """One line, before anything is downloaded; nothing is run."""
     hub.faults[url("gated", "data.jsonl")] = [Fault(status=403, code="GatedRepo", times=ALWAYS)]
-    names = ("two", "two:fr", "plain:en", "made", "zip", "columns", "gated", "none", "two/ru/none")
+    names = (
+        "langs",
+        "lost",
+        "two/ru:en",
+        "two",
+        "two:fr",
+        "plain:en",
+        "made",
+        "zip",
+        "columns",
+        "gated",
+        "none",
+        "two/ru/none",
+    )
     code = f"for name in {names!r}: answers[name] = message(lambda: read('me/' + name))"
     answers, _ = asked(hub, tmp_path, code)
     words = {
+        "langs": ["has the splits en, de, other, and none for training"],
+        "lost": ["'me/lost': default cannot be found", "name a folder, or try me/lost@refs/convert/parquet"],
+        "two/ru:en": ["name a folder or a configuration, not both"],
         "two": ["choose one of its configurations", "en, ru"],
         "two:fr": ["'me/two:fr'", "en, ru"],
         "plain:en": ["has no configurations", "owner/name/folder"],
@@ -168,15 +207,14 @@ def test_streams_that_fail(hub, tmp_path):
     """A server in trouble is asked again. What is damaged, too short, or has no room is named, and nothing is lost."""
     path = url("large", "large.jsonl")
     code = "answers['said'] = message(lambda: len(read('me/large')[0]))"
-    hub.faults[path] = [Fault(status=500), Fault(cut=1000), Fault(status=503), Fault(body=LARGE[: 20 * MB])]
+    late = Fault(status=429, headers={"Retry-After": "1"})
+    hub.faults[path] = [Fault(status=500), Fault(cut=1000), late, Fault(body=LARGE[: 20 * MB])]
     answers, _ = asked(hub, tmp_path, code)
     assert one_line(answers["said"], "no error, but 11")
     damaged = LARGE[:-9] + b"damaged!\n"
     hub.faults[path] = [Fault(body=damaged, times=3)]
     answers, _ = asked(hub, tmp_path / "other", code)
-    assert one_line(
-        answers["said"], "large.jsonl of me/large: the SHA-256 of what arrived is not the Hub's; start again"
-    )
+    assert one_line(answers["said"], "large.jsonl of me/large: the hash of what arrived is not the Hub's; start again")
     assert not list((tmp_path / "other" / ".cache" / "tpuchat" / "streams").iterdir())
     (tmp_path / "third" / ".cache").mkdir(parents=True)
     (tmp_path / "third" / ".cache" / "tpuchat").write_text("a file in the place of the folder")

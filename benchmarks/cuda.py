@@ -7,8 +7,8 @@ takes seconds. All figures are the compiler's: nothing runs.
 
 Columns: sequences a pass, and passes; GiB of weights, moments and batch, and of temporary arrays; whether both fit 90%
 of the GPU's memory; calls of cuDNN's attention, forward and backward; kinds of arrays of T × T; MiB that transposes and
-copies write; the floor of a step of one pass: ms at the data sheet's FLOP/s and bandwidth, for the model's FLOPs, and
-for the bytes of all kernels that are neither a matmul nor attention. The two do not overlap on a GPU.
+copies write (a loop over passes is not counted); the floor of a step of one pass: ms at the data sheet's FLOP/s and
+bandwidth, for the model's FLOPs, and for the bytes of all kernels that are neither a matmul nor attention.
 
 XLA measures kernels to choose among them where a GPU is there. Here it takes the first, so matmuls may differ.
 """
@@ -44,7 +44,8 @@ shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin} threads_
 {cores} fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: 1.7 device_memory_size: {memory}
 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-cuda_compute_capability {{ major: {major} minor: {minor} }} }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{kind}" """
+cuda_compute_capability {{ major: {major} minor: {minor} }} }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{kind}" """
 
 
 def gpu_device(name):

@@ -1126,7 +1126,7 @@ def einsum_attention(q, k, v, window):
 def jax_attention(q, k, v, window):
     """jax.nn.dot_product_attention; by cuDNN where this machine has a GPU that it supports."""
     (T, H), capability = q.shape[2:], cuda_capability(jax.devices()[0])
-    cudnn = capability >= 8 and q.dtype == jnp.bfloat16 and H % 8 == 0 and H <= (256 if capability >= 9 else 128)
+    cudnn = capability >= 8 and q.dtype == jnp.bfloat16 and H % 8 == 0 and H <= (256 if capability == 9 else 128)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
     local = (window, 0) if window < T else None
     y = jax.nn.dot_product_attention(

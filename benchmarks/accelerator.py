@@ -232,7 +232,7 @@ def part_train(out, tiny, name, seconds):
                                            "mfu", "seconds", "times", "wait_seconds", "peak_memory")}  # fmt: skip
     facts["curve"] = [[line["step"], line["loss"]] for line in lines if "loss" in line]
     facts["validation"] = [[line["step"], line["val_bpb"]] for line in lines if "val_bpb" in line]
-    facts["samples"] = [[line["step"], line["samples"]] for line in lines if "samples" in line]
+    facts["samples"] = (Path(config.run_dir) / "samples.txt").read_text(encoding="utf-8")
     facts["parameters"] = nb.count_params(config)["total"]
     try:
         facts["trace"] = traced(config.run_dir)

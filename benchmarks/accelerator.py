@@ -186,9 +186,7 @@ def losses_beside_torch(out, name):
     weights, path = out / "weights.npz", out / f"spec-{name}-losses.json"
     np.savez(weights, tokens=batch[0], targets=batch[1], losses=losses, **params)
     path.write_text(json.dumps(torch_spec(nb, config) | {"weights": str(weights)}))
-    found = run_torch(path)
-    weights.unlink()
-    return found
+    return run_torch(path)
 
 
 def part_batch(out, tiny, name):
@@ -383,7 +381,7 @@ def main():
         report["device"] = report["device"] or part.get("device", "")
         say(name, part)
         write(report, out)
-    for path in [out / "part.json", out / "part.log", *out.glob("spec-*.json")]:
+    for path in [out / "part.json", out / "part.log", out / "weights.npz", *out.glob("spec-*.json")]:
         path.unlink(missing_ok=True)
     print(f"written: {out / 'accelerator.json'}")
     return 0 if any(part["ok"] for part in report["parts"].values()) else 1

@@ -115,6 +115,7 @@ def rates(nb, config, seconds):
     return {
         "tokens_per_second": rate, "mfu": peak and nb.flops_per_token(config) * rate / peak, "device": kind,
         "batch_shape": list(config.batch_shape), "compute_dtype": config.compute_dtype, "jax": jax.__version__,
+        "platform": jax.devices()[0].client.platform_version.replace("\n", " "),
     }  # fmt: skip
 
 
@@ -217,7 +218,8 @@ def part_train(out, tiny, name, seconds):
     nb, config = notebook(name, tiny, dataset="embedded", num_shards=-1, run_dir=tempfile.mkdtemp(), resume="never")
     ms = time_steps(nb, config, 5)["queued_ms"]
     left = float(seconds) - (time.perf_counter() - started)
-    steps = min(40 if tiny else 10**6, max(40, int(0.8 * left / ms * 1e3)))  # the rest: evaluations, samples, saving
+    room = max(0.4 * left, left - 60)  # the rest compiles, evaluates, samples and saves
+    steps = min(40 if tiny else 10**6, max(40, int(room / ms * 1e3)))
     config = config.replace(
         num_iterations=steps, eval_interval=max(20, steps // 12), sample_interval=max(20, steps // 3), save_interval=0,
         log_interval=max(1, steps // 200), eval_tokens=262_144, final_eval_tokens=-1,

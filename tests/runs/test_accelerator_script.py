@@ -17,8 +17,8 @@ def run(folder, *arguments, **environment):
 
 
 def test_each_part_survives_the_failure_of_another(tmp_path):
-    """04 asks for a kernel that a CPU does not have; torch may be missing. The training comes after them, with its curve,
-    samples and table."""
+    """04 asks for a kernel that a CPU does not have; torch may be missing. The training comes after them, with its
+    curve, samples and table."""
     parts = ["02", "04 pallas", "torch 02", "losses", "train"]
     status, report, out = run(tmp_path, "--parts", *parts)
     assert status == 0 and list(report["parts"]) == parts, out

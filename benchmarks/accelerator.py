@@ -39,6 +39,7 @@ PARTS = {
     "losses": (["losses"], 10, 20),
     "train": (["train", "02"], 60, None),
     "04": (["step", "04", "auto"], 30, 60),
+    "02 rounded": (["step", "02", "auto", "xla_allow_excess_precision=false"], 30, 60),  # docs/gpu.md
     "torch 02 flex": (["torch", "02", "flex"], 30, 75),
     "batch": (["batch", "02"], 30, 75),
     "02 einsum": (["step", "02", "einsum"], 30, 60),
@@ -130,8 +131,9 @@ def torch_spec(nb, config):
     )  # fmt: skip
 
 
-def part_step(out, tiny, name, impl):
-    """A notebook's step with one implementation of attention."""
+def part_step(out, tiny, name, impl, *flags):
+    """A notebook's step with one implementation of attention, and flags for XLA."""
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{flag}" for flag in flags)]).strip()
     nb, config = notebook(name, tiny, attn_impl=impl)
     if impl == "auto":
         import jax

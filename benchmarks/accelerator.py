@@ -294,8 +294,10 @@ def call(name, arguments, out, tiny, seconds):
     took = time.perf_counter() - started
     if result.exists():
         return {"ok": True, "seconds": took, **json.loads(result.read_text())}
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    log.replace(out / f"{name.replace(' ', '-')}.log")
+    text = log.read_text(errors="replace")
+    with (out / "failures.log").open("a") as file:
+        file.write(f"---- {name}\n{text[-20_000:]}\n")
+    lines = [line for line in text.splitlines() if line.strip()]
     return {"ok": False, "seconds": took, "error": "; ".join([error, *lines[-1:]])[:600]}
 
 
@@ -369,6 +371,7 @@ def main():
     if args.run:
         return run_part(args.run, out, args.tiny)
     deadline = time.monotonic() + 60 * args.minutes - 10  # to draw and leave
+    (out / "failures.log").unlink(missing_ok=True)
     report = {"device": "", "minutes": args.minutes, "tiny": args.tiny, "parts": {}}
     parts = choose(args.parts, out)
     for i, (name, (arguments, least, usual)) in enumerate(parts.items()):

@@ -240,6 +240,8 @@ def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description="Stamp the shared cells and rebuild the .ipynb files.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything would change")
     check = parser.parse_args(argv).check
+    if not jupytext:
+        sys.exit("tools/notebooks.py needs jupytext: pip install -r requirements.txt, or point PYTHON at one with it")
     try:
         want = expected(root)
     except NotebookError as error:

@@ -191,6 +191,14 @@ def test_a_gpu_without_bfloat16_computes_in_float32(nb, monkeypatch, capability,
     assert (config.compute_dtype, config.device_batch_size, config.grad_accum_steps) == (dtype, 1, 4)
 
 
+def test_a_run_says_why_it_computes_in_float32(nb, monkeypatch, capsys):
+    client = types.SimpleNamespace(platform_version="PJRT C API cuda 12080")
+    device = types.SimpleNamespace(device_kind="Tesla T4", platform="gpu", compute_capability="7.5", client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    nb.describe_machine(nb.Config(compute_dtype="float32", mesh=(1, 1)))
+    assert "Tesla T4, float32 (it has no bfloat16 matmuls), peak 8 TFLOP/s" in capsys.readouterr().out
+
+
 def test_the_demo_is_the_default_of_a_cpu(nb):
     demo, chosen = nb.Config.demo(), nb.Config.for_device()
     assert chosen.replace(compute_dtype="float32") == demo.replace(compute_dtype="float32")

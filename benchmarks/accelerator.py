@@ -376,10 +376,12 @@ def main():
     parts = choose(args.parts, out)
     for i, (name, (arguments, least, usual)) in enumerate(parts.items()):
         left = deadline - time.monotonic()
-        if usual is None:  # what the parts after it usually leave
-            later = sum(usual for _, _, usual in [*parts.values()][i + 1 : i + 4])
-            left = min(TRAINING + 30, max(least, left - later), left)
+        if usual is None:  # three tenths of the time, and more if the parts after it leave it
+            later = sum(usual for _, _, usual in [*parts.values()][i + 1 :])
+            left = min(TRAINING + 30, max(least, 18 * args.minutes, left - later), left)
             arguments = [*arguments, f"{left - 30:.0f}"]
+        else:
+            left = min(left, 2.5 * usual)  # a part that hangs must not cost the others
         if left < (10 if args.tiny else least):
             part = {"ok": False, "seconds": 0.0, "error": "no time was left"}
         else:

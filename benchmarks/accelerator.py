@@ -8,7 +8,8 @@ what has been found is in FOLDER/accelerator.json ($OUT, else runs/accelerator) 
 left is left out: `--parts train --minutes 8` gives the training seven minutes. --tiny is a trial of the script.
 
 ms is the median of 30 steps, each waited for at both ends; queued is the mean of 30 steps without waits between. MFU is
-at `queued`, with the FLOPs and peaks of the notebook (flops_per_token, PEAK_FLOPS).
+at `queued`, with the FLOPs and peaks of the notebook (flops_per_token, PEAK_FLOPS). A program compiled before is found
+again in jax's cache: then its compile time is about 0.
 """
 
 import argparse

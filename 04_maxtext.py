@@ -264,6 +264,10 @@ if (
     for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(parameter, value)
 
+# jax takes 75% of a GPU's memory: of a T4's 15 GiB 11.25, where the reference model needs 11.2 (estimated by XLA).
+if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+
 # Compiled programs are kept between processes. JAX_COMPILATION_CACHE_DIR wins if it is set.
 if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
@@ -351,6 +355,12 @@ def check_block_size(block_size, seq_len):
         block % 128 == 0 and seq_len % block == 0, "splash_block_size", block_size,
         f"must be a multiple of 128 that divides seq_len={seq_len}",
     )  # fmt: skip
+
+
+def cuda_capability(device):
+    """Returns the compute capability of an NVIDIA GPU: 7.5 of a T4, 8.0 of an A100, 9.0 of an H100; else 0."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0
 
 
 def fits_vmem(T, H):
@@ -551,6 +561,8 @@ class BaseConfig:
             return cls.demo().replace(compute_dtype="bfloat16" if fast else "float32")
         config, device = cls(), jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        if 0 < cuda_capability(device) < 8:  # no bfloat16 matmuls; float16 would need a scaled loss
+            config = config.replace(compute_dtype="float32")
         rows = DEVICE_BATCH.get(device.device_kind, 4 if memory > 40e9 else 1)
         if rows == config.device_batch_size:
             return config
@@ -620,10 +632,10 @@ def flops_per_token(config):
     return 6 * matmuls + 12 * config.n_head * config.head_dim * keys
 
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float16), by a part of jax's device_kind; first match wins.
+# Dense bfloat16 FLOP/s by the vendors' data sheets (T4: float32), by a part of jax's device_kind; first match wins.
 PEAK_FLOPS = {
     "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12,  # plain v5 is v5p
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "T4": 8.1e12,
 }  # fmt: skip
 
 
@@ -686,7 +698,11 @@ def token_losses(config, params, tokens, targets):
 # figures behind the defaults. They change no result beyond rounding, so a resumed run may change them.
 
 # %% Config
-DEVICE_BATCH = {"TPU v6 lite": 8, "TPU v5 lite": 4}  # sequences that fit a chip, by device_kind (05_preflight.py)
+# Sequences that fit a chip, by device_kind (05_preflight.py, benchmarks/cuda.py).
+DEVICE_BATCH = {
+    "TPU v6 lite": 8, "TPU v5 lite": 4, "NVIDIA L4": 2, "NVIDIA A100-SXM4-40GB": 4, "NVIDIA H100 80GB HBM3": 8,
+    "NVIDIA H200": 8,
+}  # fmt: skip
 REMATS = "none", "minimal", "full"
 
 
@@ -1127,10 +1143,8 @@ def einsum_attention(q, k, v, window):
 # @title Attention by libraries
 def jax_attention(q, k, v, window):
     """jax.nn.dot_product_attention; by cuDNN where this machine has a GPU that it supports."""
-    T, H = q.shape[2:]
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # '8.0' is an A100, '9.0' an H100
-    generation = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0
-    cudnn = generation >= 8 and q.dtype == jnp.bfloat16 and H % 8 == 0 and H <= (256 if generation >= 9 else 128)
+    (T, H), capability = q.shape[2:], cuda_capability(jax.devices()[0])
+    cudnn = capability >= 8 and q.dtype == jnp.bfloat16 and H % 8 == 0 and H <= (256 if capability == 9 else 128)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # it wants [B, T, N, H]
     local = (window, 0) if window < T else None
     y = jax.nn.dot_product_attention(
@@ -4111,7 +4125,8 @@ def describe_machine(config):
     mesh = f"; {config.devices} of them: data {data}, fsdp {fsdp}" if config.devices > 1 else ""
     mesh += f"; {jax.process_count()} hosts, the first one logs" if jax.process_count() > 1 else ""
     peak = f"{peak / 1e12:.0f} TFLOP/s" if peak else "n/a"
-    print(f"device  {kind}, {config.compute_dtype}, peak {peak}{mesh}", flush=True)
+    why = " (it has no bfloat16 matmuls)" if 0 < cuda_capability(device) < 8 else ""
+    print(f"device  {kind}, {config.compute_dtype}{why}, peak {peak}{mesh}", flush=True)
 
 
 def describe_run(config, run, first):

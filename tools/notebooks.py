@@ -43,13 +43,14 @@ from pathlib import Path
 try:
     import jupytext
 except ImportError:
-    sys.exit("tools/notebooks.py needs jupytext: pip install -r requirements.txt, or point PYTHON at one with it")
+    jupytext = None  # only load() works without
 
 ROOT = Path(__file__).resolve().parents[1]
 TAGS = {"run", "shared", "parameters"}  # the last is papermill's: it sets values in a cell after that one
 METADATA = {"title", "tags", "cellView", "lines_to_next_cell", "cell_marker"}  # the last two keep blank lines
 CELL_FILTER = "title,tags,cellView,-all"
 MARKER = re.compile(r"^(?=# %%(?: |$))", re.M)  # where a cell starts
+NOT_LOADED = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
 TAGS_FIRST = re.compile(r'^(# %% .*?)( tags=\[[^\]\n]*\])( cellView="form")$', re.M)
 
 
@@ -128,11 +129,9 @@ def load(path):
     if module and (module.__file__, module.__text__) == (str(path), text):
         return module
 
-    _, head, cells = parse(path.name, text)
-    code = head
-    for cell, _, part in cells:
-        keep = cell.cell_type == "code" and "run" not in tags(cell)
-        code += part if keep else "\n" * part.count("\n")
+    if jupytext:
+        parse(path.name, text)  # raises for a mistake
+    code = "".join("\n" * part.count("\n") if NOT_LOADED.match(part) else part for part in MARKER.split(text))
     linecache.checkcache(str(path))
     module = types.ModuleType(name)
     module.__file__, module.__text__ = str(path), text
@@ -241,6 +240,8 @@ def main(argv=None, root=ROOT):
     parser = argparse.ArgumentParser(description="Stamp the shared cells and rebuild the .ipynb files.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything would change")
     check = parser.parse_args(argv).check
+    if not jupytext:
+        sys.exit("tools/notebooks.py needs jupytext: pip install -r requirements.txt, or point PYTHON at one with it")
     try:
         want = expected(root)
     except NotebookError as error:

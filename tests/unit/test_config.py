@@ -169,8 +169,8 @@ def test_weights_are_split_along_their_longest_axis(nb):
 
 @pytest.mark.parametrize(
     ("kind", "memory", "rows"),
-    [("TPU v6 lite", None, 4), ("TPU v5 lite", None, 4), ("NVIDIA H100 80GB HBM3", 80e9, 4), ("Tesla T4", 15e9, 1),
-     ("unknown", None, 1)],
+    [("TPU v6 lite", None, 4), ("TPU v5 lite", None, 4), ("NVIDIA H100 80GB HBM3", 80e9, 4), ("NVIDIA L4", 22e9, 4),
+     ("unknown", None, 1), ("gfx90a", 15e9, 1)],
 )  # fmt: skip
 def test_the_step_fits_the_device(nb, monkeypatch, kind, memory, rows):
     """Passes as large as the device allows; the tokens of a step are the same everywhere."""
@@ -182,15 +182,33 @@ def test_the_step_fits_the_device(nb, monkeypatch, kind, memory, rows):
     assert config.replace(device_batch_size=4, total_batch_size=-1) == nb.Config()
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [("7.5", "float32"), ("8.0", "bfloat16"), ("gfx90a", "bfloat16")])
+def test_a_gpu_without_bfloat16_computes_in_float32(nb, monkeypatch, capability, dtype):
+    memory = {"bytes_limit": 14e9}
+    device = types.SimpleNamespace(device_kind="Tesla T4", compute_capability=capability, memory_stats=lambda: memory)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    config = nb.Config.for_device()
+    assert (config.compute_dtype, config.device_batch_size, config.grad_accum_steps) == (dtype, 1, 4)
+
+
+def test_a_run_says_why_it_computes_in_float32(nb, monkeypatch, capsys):
+    client = types.SimpleNamespace(platform_version="PJRT C API cuda 12080")
+    device = types.SimpleNamespace(device_kind="Tesla T4", platform="gpu", compute_capability="7.5", client=client)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    nb.describe_machine(nb.Config(compute_dtype="float32", mesh=(1, 1)))
+    assert "Tesla T4, float32 (it has no bfloat16 matmuls), peak 8 TFLOP/s" in capsys.readouterr().out
+
+
 def test_the_demo_is_the_default_of_a_cpu(nb):
     demo, chosen = nb.Config.demo(), nb.Config.for_device()
     assert chosen.replace(compute_dtype="float32") == demo.replace(compute_dtype="float32")
     assert demo.dataset == chosen.dataset == "embedded" and nb.count_params(demo)["total"] < 10_000_000
 
 
-CHIPS = {  # what jax calls each, and its dense 16-bit peak in TFLOP/s by the vendor's data sheet
+CHIPS = {  # what jax calls each, and its dense peak in bfloat16, TFLOP/s by the vendor's data sheet; T4: float32
     "TPU v6 lite": 918, "TPU v5 lite": 197, "TPU v5p": 459, "TPU v5": 459, "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H200": 989, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "Tesla T4": 65, "NVIDIA L4": 121,
+    "NVIDIA H200": 989, "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "Tesla T4": 8.1, "NVIDIA L4": 121,
 }  # fmt: skip
 UNKNOWN = ("cpu", "NVIDIA L40S", "NVIDIA L40", "TPU v4", "TPU7x", "NVIDIA T400", "NVIDIA RTX A1000", "")
 

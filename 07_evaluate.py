@@ -438,15 +438,12 @@ def evaluate_task(scorer, task, encode, n_bytes, limit=None, progress=lambda n: 
     accuracy = sum(x.right for x in answers) / count
     n_bytes = sum(x.bytes for x in answers)
     return {
-        "accuracy": accuracy,
-        "centered": (accuracy - task.baseline) / (1 - task.baseline),
+        "accuracy": accuracy, "centered": (accuracy - task.baseline) / (1 - task.baseline),
         "stderr": math.sqrt(accuracy * (1 - accuracy) / count),
-        "gold_bpb": sum(x.bits for x in answers) / n_bytes if n_bytes else None,
-        "n": count,
-        "cropped": sum(x.cropped for x in answers),
-        "baseline": task.baseline,
+        "gold_bpb": sum(x.bits for x in answers) / n_bytes if n_bytes else None, "n": count,
+        "cropped": sum(x.cropped for x in answers), "baseline": task.baseline,
         "seconds": round(time.perf_counter() - started, 1),
-    }, answers
+    }, answers  # fmt: skip
 
 
 def core_score(results):
@@ -621,10 +618,12 @@ def read_bundle(folder):
     import yaml
 
     folder, tasks = Path(folder).expanduser(), {}
+    reading = folder / "eval_meta_data.csv"
     try:
-        with open(folder / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+        with open(reading, encoding="utf-8", newline="") as file:
             baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
-        for entry in yaml.safe_load((folder / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]:
+        reading = folder / "core.yaml"
+        for entry in yaml.safe_load(reading.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind, shots = str(entry["label"]), entry["icl_task_type"], entry["num_fewshot"][0]
             path, delimiter = folder / "eval_data" / entry["dataset_uri"], entry.get("continuation_delimiter", " ")
             if kind not in FIELDS or type(shots) is not int or shots < 0 or not path.is_file():
@@ -634,7 +633,7 @@ def read_bundle(folder):
             tasks[label] = Task(label, kind, shots, str(delimiter), baselines[label], path)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         said = repr(error) if isinstance(error, LookupError) else " ".join(str(error).split())
-        raise InputError(f"bundle={str(folder)!r}: damaged or no bundle ({said}); get it again") from error
+        raise InputError(f"bundle: {reading} is damaged or not there ({said}); get the bundle again") from error
     return tasks
 
 
@@ -665,7 +664,7 @@ def hellaswag(row):
     """Returns the question of a row, without the marks that WikiHow has left in texts."""
 
     def clean(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+        return re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).replace("  ", " ").strip()
 
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return {"query": clean(context), "choices": [*map(clean, row["endings"])], "gold": int(row["label"])}

@@ -197,6 +197,81 @@ def compare(names, tasks="quick", limit=500):
             print(f"{line}  ({seconds:.0f} s, {result['cropped']} cropped)", flush=True)
 
 
+# ---- lm-eval, and the TPU's compiler
+
+
+def oracle(name, limit=100):
+    """Prints how far lm-eval's log-likelihoods are from ours, and whether the choices are the same, in float32. Of a
+    question's answers lm-eval counts all tokens, and we those after the common prefix: so differences between the
+    answers are compared, and in the other kinds the values themselves."""
+    from tests.lm_eval_oracle import ask
+
+    run = ev.load_run(name)
+    config = run.config.replace(compute_dtype="float32")
+    scorer, encode = ev.model_scorer(run.nb, config, run.params), ev.encoder(run.tokenizer)
+    for label in ("lambada_openai", "hellaswag_zeroshot", "arc_easy", "piqa", "sciq", "winogrande"):
+        (task,), _ = ev.find_tasks(label, bundle())
+        task = task._replace(questions=task.questions[: 2 * limit], shots=0)
+        items = [ev.to_item(task, i, encode, config.seq_len) for i in range(len(task.questions))]
+        fits = [i for i, item in enumerate(items) if not item.cropped][:limit]  # lm-eval crops by other rules
+        task = task._replace(questions=[task.questions[i] for i in fits])
+        items = [items[i] for i in fits]
+        theirs, ours = ask(run.nb, config, run.params, run.tokenizer, task), ev.score_items(scorer, items)
+        gaps, same = [], 0
+        for i, given in enumerate(theirs):
+            likelihoods = np.array([x[0] for x in given])
+            sums = np.array([-ours[i, j][0].sum(dtype=np.float64) for j in range(len(given))])
+            if task.kind == MC:
+                likelihoods, sums = likelihoods - likelihoods[0], sums - sums[0]
+            gaps += np.abs(likelihoods - sums).tolist()
+            if len(given) == 1:
+                same += given[0][1] == bool(ours[i, 0][1].all())
+            else:
+                same += likelihoods.argmax() == sums.argmax()
+        print(
+            f"{label:20}{len(gaps):6} continuations, largest gap {max(gaps):.1e}, {same} of {len(items)} alike",
+            flush=True,
+        )
+
+
+def estimate(limit=500):
+    """Prints how long `quick` takes the reference model on a v6e: the compiler's estimate of each shape of rows, times
+    how many there are. The tokenizer is the embedded one, of 4,096 tokens: one of 32,768 makes fewer."""
+    import jax
+
+    pre, nb = load("05_preflight.py"), load("02_train.py")
+    config = nb.Config(mesh=(1, 1), attn_impl="einsum")
+    tokenizer = nb.load_tokenizer(ROOT / "data" / "embedded" / "tokenizer")
+    encode, seconds, lengths = ev.encoder(tokenizer), {}, [256, 1024, 2048]
+    params = jax.eval_shape(lambda: nb.init_params(config, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    for length in lengths:
+        rows = jax.ShapeDtypeStruct((8192 // length, 5, length), "int32")
+
+        def step(rows, *leaves):
+            return ev.score_rows(nb, config, jax.tree.unflatten(tree, leaves), rows, True)
+
+        compiled = pre.compile_for("v6e", step, [rows, *leaves])
+        seconds[length] = pre.estimate(compiled.text, "v6e", config.windows, {}).seconds
+        print(
+            f"{8192 // length:3} rows of {length:5}: {1e3 * seconds[length]:6.1f} ms, {compiled.peak / 2**30:.1f} GiB"
+        )
+    total = host = 0.0
+    for task in ev.find_tasks("quick", bundle())[0]:
+        started, batches, tokens = time.perf_counter(), dict.fromkeys(lengths, 0), 0
+        for first in range(0, limit, 256):
+            items = [ev.to_item(task, i, encode, 2048) for i in range(first, min(first + 256, limit))]
+            tokens += sum(len(sequence) for item in items for sequence in item.sequences)
+            for length, some in ev.pack(items, lengths)[0].items():
+                batches[length] += math.ceil(len(some) * length / 8192)
+        spent, device = time.perf_counter() - started, sum(n * seconds[length] for length, n in batches.items())
+        total, host = total + device, host + spent
+        counts = ", ".join(f"{n} × {length}" for length, n in batches.items())
+        line = f"{task.label:20}{tokens:10,} tokens; batches of 8,192: {counts}"
+        print(f"{line}; {device:.1f} s on the chip, {spent:.1f} s on this host")
+    print(f"quick: {total:.1f} s on a v6e (estimate), {host:.1f} s to tokenize and pack on one core here (measured)")
+
+
 if __name__ == "__main__":
     what, *words = sys.argv[1:] or ["--help"]
     if what == "bundle":

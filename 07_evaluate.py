@@ -423,7 +423,7 @@ def answer(item, scores, n_bytes):
     nats = [losses.astype(np.float64) for losses, _ in scores]
     means, gold = [float(x.mean()) for x in nats], item.sequences[item.gold][item.starts[item.gold] :]
     right = int(np.argmin(means)) == item.gold if len(means) > 1 else bool(scores[0][1].all())
-    return Answer(right, means, nats[item.gold].sum() / math.log(2), int(n_bytes[gold].sum()), item.cropped)
+    return Answer(right, means, float(nats[item.gold].sum() / math.log(2)), int(n_bytes[gold].sum()), item.cropped)
 
 
 def evaluate_task(scorer, task, encode, n_bytes, limit=None, progress=lambda n: None):
@@ -874,7 +874,7 @@ def show_core(facts, core):
 def show_question(task, index, given):
     """Prints a question without its examples, the loss of each answer, and which one is right and which was chosen."""
     question, verdict = task.questions[index], "right" if given.right else "wrong"
-    print(f"\n{task.label}, question {index}, {verdict}. Mean nats of a token; * the right answer, > the model's")
+    print(f"\n{task.label}, question {index}, {verdict}. By mean nats of a token; * the right answer, > the model's")
     if task.kind == "language_modeling":
         print(f"  {question['context'].strip()[-600:]!r}\n *{given.losses[0]:8.3f} {question['continuation']!r}")
         return

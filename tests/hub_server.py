@@ -123,23 +123,26 @@ class HubServer:
 
     def listing(self, path, query):
         """(JSON, headers) of a page of a listing, or of all of a repo; (None, …) if there is no such repo or folder."""
-        if "/revision/" in path:
+        if "/tree/" not in path:
             files = [name.partition("/resolve/main/")[2] for name in self.files if self.repo(name) == self.repo(path)]
             found = {"id": "", "sha": f"{self.commits:040x}", "siblings": [{"rfilename": name} for name in files]}
             return json.dumps(found).encode() if self.repo(path) in self.repos else None, {}
         query, folder = parse_qs(query), path.partition("/tree/main")[2].strip("/")
         names = {name.partition("/resolve/main/")[2]: name for name in self.files if self.repo(name) == self.repo(path)}
-        names = {name: full for name, full in names.items() if name.startswith(f"{folder}/" if folder else "")}
+        within = f"{folder}/" if folder else ""
+        names, folders = {name: full for name, full in names.items() if name.startswith(within)}, []
         if query.get("recursive", [""])[0].lower() != "true":
-            names = {name: full for name, full in names.items() if "/" not in name.removeprefix(f"{folder}/")}
+            folders = sorted({name[len(within) :].split("/")[0] for name in names if "/" in name[len(within) :]})
+            names = {name: full for name, full in names.items() if "/" not in name[len(within) :]}
         start = int(query.get("cursor", ["0"])[0])
-        entries = [
+        entries = [{"type": "directory", "path": within + name, "oid": "0" * 40} for name in folders]
+        entries += [
             {"type": "file", "path": name, "size": len(self.files[full]), "oid": etag(full, self.files[full])}
             for name, full in names.items()
         ]
         stop = start + self.page_size
         link = {"Link": f'<{self.url}{path}?recursive=true&cursor={stop}>; rel="next"'} if stop < len(entries) else {}
-        there = names or not folder and self.repo(path) in self.repos
+        there = entries or not folder and self.repo(path) in self.repos
         return (json.dumps(entries[start:stop]).encode() if there else None), link
 
     def post(self, path, lines):

@@ -1,4 +1,4 @@
-"""A model wrapped for lm-eval, and lm-eval's word on a task of 07_evaluate: for a test, and for benchmarks/evaluate.py."""
+"""A model wrapped for lm-eval, and its word on a task of 07_evaluate: for a test, and for benchmarks/evaluate.py."""
 
 import datasets
 import jax

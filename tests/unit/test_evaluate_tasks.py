@@ -1,4 +1,4 @@
-"""07_evaluate: prompts, tokens, packed rows and scores of the three kinds of tasks; bundles; what is wrong with them."""
+"""07_evaluate: prompts, tokens, packed rows and scores of three kinds of tasks; bundles, and what may be wrong there."""
 
 import csv
 import http.server
@@ -9,7 +9,6 @@ import shutil
 import threading
 import zipfile
 from functools import partial
-from types import SimpleNamespace
 
 import jax
 import numpy as np

@@ -3804,6 +3804,16 @@ def show_tensorboard(run):
 show_tensorboard(summary["run_dir"])
 
 # %% [markdown]
+# ## What does it know?
+#
+# [07_evaluate](https://github.com/tpuchat/tpuchat/blob/main/07_evaluate.py) asks a checkpoint the questions of CORE. In
+# Colab each notebook has a runtime of its own: give 07 what `backup` has copied, a folder of your Drive, or the Hub's
+# `owner/name`.
+
+# %% Evaluate with 07 tags=["run"]
+print(f"python 07_evaluate.py {shlex.quote(summary['run_dir'])}    # --tasks quick, core, hellaswag, ...")
+
+# %% [markdown]
 # ## Release the runtime
 #
 # A Colab runtime costs compute units until it is released, also when nothing runs. Tick the box before *Run all* for a

@@ -59,7 +59,7 @@ def install(*packages):
 
 # %% Install tags=["run"]
 install(
-    "jax", "numpy", "tiktoken", "pyarrow", "huggingface_hub", "safetensors", "datasets", "yaml", "tensorboard",
+    "jax", "numpy", "tiktoken", "pyarrow", "huggingface_hub", "safetensors", "datasets", "tensorboard",
     "matplotlib", "tqdm",
 )  # fmt: skip
 
@@ -286,7 +286,7 @@ def pack(items, lengths, shared=True):
 
 # %% Try it: a packed row tags=["run"]
 if IN_NOTEBOOK:
-    (row,), _ = pack([item, to_item(toy, 1, lambda text: [256, *text.encode()], 64)], [64])[0][64], None
+    row = pack([item], [64])[0][64][0]
     for branch, group in itertools.groupby(range(64), key=lambda column: row[3, column]):
         columns = [*group]
         text = bytes(min(token, 255) for token in row[0, columns]) if branch else "padding"
@@ -348,7 +348,7 @@ def follows_branches(nb, config, params):
     if list(inspect.signature(getattr(nb, "attend", print)).parameters) != "config q k v T window".split():
         return False
     config, length = config.replace(compute_dtype="float32"), min(128, config.seq_len)
-    third = length // 3
+    third = (length - 1) // 3
     ends = np.random.default_rng(0).integers(config.vocab_size, size=(3, third)).tolist()
     item = Item([ends[0] + ends[1], ends[0] + ends[2]], [third] * 2, 0, False)
     rows, places = pack([item], [length])

@@ -1,4 +1,4 @@
-"""07_evaluate: prompts, tokens, packed rows and scores of three kinds of tasks; bundles, and what may be wrong there."""
+"""07_evaluate: prompts, tokens, packed rows and scores of three kinds of tasks; bundles, and what may be wrong."""
 
 import csv
 import http.server

@@ -2415,9 +2415,9 @@ def check_alike(*values):
 # ## Checkpoints and the run folder
 #
 # Colab takes the machine away without asking. A checkpoint is a folder: `state.safetensors` (parameters and moments by
-# name), `meta.json` (Config, step, the loader's position, SHA-256 of the files), the metrics and samples so far. It is
-# written under a temporary name, flushed to disk and renamed. Only arrays and JSON are read back, so no checkpoint can
-# run code. It loads on any mesh: each device reads its shard.
+# name), `meta.json` (Config, step, the loader's position, SHA-256 of the files), the tokenizer, and the metrics and
+# samples so far. It is written under a temporary name, flushed to disk and renamed. Only arrays and JSON are read back,
+# so no checkpoint can run code. It loads on any mesh: each device reads its shard.
 #
 # A run folder holds `config.json`, `metrics.jsonl`, TensorBoard's events, `samples.txt`, `loss.png`, `profile/` and
 # `checkpoints/`. Start an unfinished run again and it goes on; a finished one is left, and `runs/demo-2` is next.

@@ -223,6 +223,16 @@ def test_a_model_that_always_prefers_the_first_answer(ev):
     assert [x.right for x in answers] == [True, True, True, False] * 10
 
 
+def test_the_mean_loss_decides_and_not_the_sum(ev):
+    """'AZ' costs one nat, half a nat a token; 'BBAAAAAA' costs two, a quarter each."""
+    q = [{"query": "Q", "choices": ["AZ", "BBAAAAAA"], "gold": 1}]
+    result, (given,) = ev.evaluate_task(
+        prefers(ev, "A"), task_of(ev, "multiple_choice", 0, q), encode, np.ones(300, int)
+    )
+    assert given.losses == [0.5, 0.25] and given.right and given.bits == pytest.approx(2 / math.log(2))
+    assert result["gold_bpb"] == pytest.approx(2 / math.log(2) / 8)
+
+
 def test_shuffled_answers_score_chance_within_its_error(ev):
     task = task_of(ev, "multiple_choice", 0, multiple_choice(2000, seed=3))
     result, _ = ev.evaluate_task(prefers(ev, "B"), task, encode, np.ones(300, int))

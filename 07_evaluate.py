@@ -783,9 +783,9 @@ def find_tasks(names, bundle=None):
 
 # %% Results cellView="form"
 # @title Results
-def fingerprint(task, limit):
-    """Returns a hash of a task, its questions and how many of them are asked."""
-    return hashlib.sha256(json.dumps([*task, limit]).encode()).hexdigest()[:16]
+def fingerprint(task):
+    """Returns a hash of a task and its questions."""
+    return hashlib.sha256(json.dumps(task).encode()).hexdigest()[:16]
 
 
 def read_results(path, checkpoint):
@@ -900,8 +900,8 @@ def encoder(tokenizer):
 
 
 def evaluate_run(name, names="quick", limit=None, bundle=None):
-    """Evaluates a checkpoint, prints the table, and returns what evaluation.json holds. Goes on with an earlier
-    evaluation of the same checkpoint. limit: questions of a task; None = 500 for quick, else all."""
+    """Evaluates a checkpoint, prints the table, and returns what evaluation.json holds. Tasks that an earlier evaluation
+    of the checkpoint has asked are not asked again. limit: questions of a task; None = 500 for quick, else all."""
     from tqdm import tqdm
 
     if limit is not None and limit < 1:
@@ -911,21 +911,22 @@ def evaluate_run(name, names="quick", limit=None, bundle=None):
     tasks, core = find_tasks(names, bundle)
     path, n_bytes = run.folder / "evaluation.json", run.nb.token_bytes(run.tokenizer)
     checkpoint = {"step": run.meta["step"], "state": run.meta["files"]["state.safetensors"][:16]}
-    marks = {task.label: fingerprint(task, limit) for task in tasks}
-    results = read_results(path, checkpoint)
-    kept = {label for label, x in results.items() if label in marks and x.get("of") == marks[label]}
+    marks = {task.label: fingerprint(task) for task in tasks}
+    counts = {task.label: min(limit or len(task.questions), len(task.questions)) for task in tasks}
+    results = read_results(path, checkpoint)  # of as many questions or more they need not be asked again
+    kept = {label for label, x in results.items() if x.get("of") == marks.get(label, 0) and x["n"] >= counts[label]}
     facts = write_results(path, checkpoint, results, core)
     print(f"{'task':<33}{'accuracy':>9}{'centred':>9}{'±':>8}{'gold bpb':>9}{'n':>8}{'seconds':>9}")
     left = [task for task in tasks if task.label not in kept]
     scorer = model_scorer(run.nb, run.config, run.params) if left else None
-    total, shown = sum(min(limit or len(task.questions), len(task.questions)) for task in left), {}
+    total, shown = sum(counts[task.label] for task in left), {}
     out = sys.stdout if IN_NOTEBOOK else sys.stderr
     with tqdm(total=total, unit=" questions", file=out, disable=not (IN_NOTEBOOK or out.isatty())) as bar:
         for task in tasks:
             if task.label not in kept:
                 bar.set_description(task.label)
                 encode = encoder(run.tokenizer)
-                result, answers = evaluate_task(scorer, task, encode, n_bytes, limit, bar.update)
+                result, answers = evaluate_task(scorer, task, encode, n_bytes, counts[task.label], bar.update)
                 results[task.label] = result | {"of": marks[task.label]}
                 facts = write_results(path, checkpoint, results, core)
                 shown.setdefault(task.kind, (task, answers))

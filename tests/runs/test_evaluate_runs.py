@@ -82,7 +82,8 @@ def test_scalars_of_tensorboard(ev, run, bundle):
 
 
 def test_an_evaluation_goes_on(ev, run, bundle, monkeypatch, capsys):
-    """After an interrupt the tasks that are done are not asked again; another limit, question or checkpoint is."""
+    """After an interrupt the tasks that are done are not asked again; with more questions, others, or another checkpoint
+    they are."""
     own, asked = ev.evaluate_task, []
 
     def evaluate_task(scorer, task, *args):
@@ -101,7 +102,8 @@ def test_an_evaluation_goes_on(ev, run, bundle, monkeypatch, capsys):
     assert ev.main(argv) == 0 and len(asked) == 4
     (bundle / "eval_data" / "schema.jsonl").write_text("".join(json.dumps(q) + "\n" for q in KINDS["schema"][:6]))
     assert ev.main(argv) == 0 and asked[4:] == ["schema"]
-    assert ev.main([*argv[:-1], "4"]) == 0 and asked[5:] == [*KINDS]
+    assert ev.main([*argv[:-1], "4"]) == 0 and len(asked) == 5  # five say more than four
+    assert ev.main([*argv[:-1], "6"]) == 0 and asked[5:] == [*KINDS]
     edit_meta(run, step=3)
     (run / "checkpoints").rename(run / "rest")
     shutil.copytree(run / "rest" / "step_00000012", run / "checkpoints" / "step_00000003")

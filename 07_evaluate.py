@@ -290,9 +290,8 @@ if IN_NOTEBOOK:
     for branch, group in itertools.groupby(range(64), key=lambda column: row[3, column]):
         columns = [*group]
         text = bytes(min(token, 255) for token in row[0, columns]) if branch else "padding"
-        print(
-            f"positions {row[2, columns[0]]:2} to {row[2, columns[-1]]:2}, grows from {row[4, columns[0]]:2}: {text!r}"
-        )
+        first, last = columns[0], columns[-1]
+        print(f"positions {row[2, first]:2} to {row[2, last]:2}, grows from {row[4, first]:2}: {text!r}")
 
 # %% [markdown]
 # ## Scores
@@ -900,8 +899,8 @@ def encoder(tokenizer):
 
 
 def evaluate_run(name, names="quick", limit=None, bundle=None):
-    """Evaluates a checkpoint, prints the table, and returns what evaluation.json holds. Tasks that an earlier evaluation
-    of the checkpoint has asked are not asked again. limit: questions of a task; None = 500 for quick, else all."""
+    """Evaluates a checkpoint, prints the table, and returns what evaluation.json holds. limit: questions of a task;
+    None = 500 for quick, else all. What an earlier evaluation of the checkpoint has asked is not asked again."""
     from tqdm import tqdm
 
     if limit is not None and limit < 1:

@@ -82,8 +82,8 @@ def test_scalars_of_tensorboard(ev, run, bundle):
 
 
 def test_an_evaluation_goes_on(ev, run, bundle, monkeypatch, capsys):
-    """After an interrupt the tasks that are done are not asked again; with more questions, others, or another checkpoint
-    they are."""
+    """After an interrupt the tasks that are done are not asked again; with more questions, with others, and for another
+    checkpoint they are."""
     own, asked = ev.evaluate_task, []
 
     def evaluate_task(scorer, task, *args):

@@ -359,8 +359,9 @@ def follows_branches(nb, config, params):
         packed = jnp.stack([packed[start:stop] for _, _, start, stop in places.values()])
         return jnp.abs(packed - whole).max() / jnp.abs(whole).max()
 
-    with jax.default_matmul_precision("highest"):
-        return not float(gap(params)) > 1e-3
+    with contextlib.suppress(AttributeError, TypeError), jax.default_matmul_precision("highest"):
+        return float(gap(params)) <= 1e-3
+    return False  # its attention has other parts
 
 
 # %% Score questions
@@ -527,10 +528,10 @@ def find_checkpoint(name):
     try:
         if (folder / "meta.json").is_file():
             return folder.absolute().parents[1], folder, tools.read_meta(folder)
-        if not folder.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
+        if not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
             folder = fetch_run(tools, name)
     except ValueError as error:
-        where = "no folder here, and the Hub has none" if not folder.exists() else "cannot be loaded"
+        where = "cannot be loaded" if folder.exists() else "is no folder here, and cannot be had from the Hub"
         raise InputError(f"run={name!r}: {where} ({error})") from error
     if not (newest := tools.newest_checkpoint(folder)):
         raise InputError(
@@ -981,6 +982,7 @@ def main(argv):
 
 # %% As a script tags=["run"]
 if not IN_NOTEBOOK:
+    sys.stdout.reconfigure(errors="backslashreplace")  # questions have characters that a locale may lack
     raise SystemExit(main(sys.argv[1:]))
 
 # %% Evaluate it tags=["run"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def drop_tokenizer(run):
 def test_a_run_as_a_script(run, tmp_path):
     """The command of the README: a table, CORE of the bundle, questions in full, a picture, TensorBoard's events."""
     before, bundle = {path.name for path in run.iterdir()}, write_bundle(tmp_path / "long", shots=6)
-    done = script("07_evaluate.py", str(run), "--tasks", "core", "--bundle", str(bundle), "--limit", "6", cwd=tmp_path)
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [str(run), "--tasks", "core", "--bundle", str(bundle), "--limit", "6"]
+    done = script("07_evaluate.py", *words, cwd=tmp_path, env=env)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert all(f"\n{kind}" in done.stdout for kind in KINDS) and "the mean of the 3 tasks of this bundle" in done.stdout
     for words in ("GPT-2", "language_modeling, question", "By mean nats", "tokens: cropped from the left"):
@@ -144,7 +147,7 @@ def test_a_repo_of_the_hub(run, bundle, tmp_path):
         done = script("07_evaluate.py", "me/model/small", *words, cwd=tmp_path, env=env)
         assert done.returncode == 2 and one_line(done.stderr.strip(), "me/model", "runs big")
         done = script("07_evaluate.py", "me/nothing", *words, cwd=tmp_path, env=env)
-        assert done.returncode == 2 and one_line(done.stderr.strip(), "me/nothing", "no folder here")
+        assert done.returncode == 2 and one_line(done.stderr.strip(), "me/nothing", "is no folder here")
 
 
 def test_questions_of_the_hub(run, tmp_path):
@@ -171,10 +174,13 @@ def refusal(ev, capsys, *argv):
     return capsys.readouterr().err.strip()
 
 
-def test_what_is_wrong_with_a_run(ev, run, bundle, tmp_path, capsys):
+def test_what_is_wrong_with_a_run(ev, run, bundle, tmp_path, capsys, monkeypatch):
     words = ["--tasks", "schema", "--bundle", bundle]
     assert one_line(refusal(ev, capsys, tmp_path / "none", *words), "none'", "no checkpoint")
     assert one_line(refusal(ev, capsys, bundle, *words), "no checkpoint")
+    monkeypatch.chdir(tmp_path)  # runs/… is here, so a name in it is no repo of the Hub: nothing is asked
+    (tmp_path / "runs").mkdir()
+    assert one_line(refusal(ev, capsys, "runs/demoo", *words), "'runs/demoo'", "no checkpoint")
     assert one_line(refusal(ev, capsys, run, *words, "--limit", "0"), "limit=0")
     assert one_line(refusal(ev, capsys, run, "--task", "x"), "--help lists")
     assert one_line(refusal(ev, capsys, run, "--tasks", "shema", "--bundle", bundle), "did you mean 'schema'?")

@@ -946,8 +946,8 @@ def evaluate_run(name, names="quick", limit=None, bundle=None):
 
 # %% Command line cellView="form"
 # @title Command line
-def main(argv):
-    """Does what the command line asks. Returns the exit status; a wrong input is one line on stderr, and 2."""
+def parse_command(argv):
+    """Returns the options of the command line: run, tasks, limit, bundle. Raises InputError."""
     usage = "07_evaluate.py RUN [--tasks quick|core|LABEL,LABEL] [--limit N] [--bundle FOLDER]"
     parser = argparse.ArgumentParser(usage=usage, description="Asks a checkpoint questions.", allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run folder, a checkpoint in it, or owner/name[/run] of the Hub")
@@ -959,8 +959,13 @@ def main(argv):
         raise InputError(f"{message} (--help lists the options)")
 
     parser.error = refuse
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Does what the command line asks. Returns the exit status; a wrong input is one line on stderr, and 2."""
     try:
-        options = parser.parse_args(argv)
+        options = parse_command(argv)
         evaluate_run(options.run, options.tasks, options.limit, options.bundle)
         return 0
     except ValueError as error:

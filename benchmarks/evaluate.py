@@ -1,7 +1,7 @@
 """What 07_evaluate.py says about real questions: counts, models side by side, the word of lm-eval, and an estimate.
 
     python benchmarks/evaluate.py bundle          # fetches the questions, prints counts and one of each task
-    python benchmarks/evaluate.py compare RUN ...  # `quick`, beside a uniform and a bigram model
+    python benchmarks/evaluate.py compare TASKS LIMIT RUN ...    # beside a uniform and a bigram model
     python benchmarks/evaluate.py oracle RUN      # log-likelihoods of the same questions by lm-eval
     python benchmarks/evaluate.py estimate        # `quick` for the reference on a v6e, by the compiler of TPUs
 
@@ -163,7 +163,7 @@ def bpb_error(answers, others=None):
     return math.sqrt((residuals**2).sum()) / n_bytes.sum()
 
 
-def compare(names, tasks="quick", limit=500):
+def compare(tasks, limit, *names):
     """Prints accuracy and gold bpb of runs, of a bigram and of a uniform model; how many standard errors each stands
     from the bigram model, question by question."""
     tasks, _ = ev.find_tasks(tasks, bundle())
@@ -181,7 +181,7 @@ def compare(names, tasks="quick", limit=500):
             run = runs.get(next((x for x in names if Path(x).name == name), None), last)
             started = time.perf_counter()
             encode, n_bytes = ev.encoder(run.tokenizer), run.nb.token_bytes(run.tokenizer)
-            result, given[name] = ev.evaluate_task(scorer, task, encode, n_bytes, limit)
+            result, given[name] = ev.evaluate_task(scorer, task, encode, n_bytes, int(limit))
             seconds = time.perf_counter() - started
             line = (
                 f"{task.label:20}{name:>10}{result['accuracy']:10.3f}{result['stderr']:8.3f}{result['gold_bpb']:9.3f}"
@@ -283,7 +283,7 @@ if __name__ == "__main__":
     if what == "bundle":
         show_bundle()
     elif what == "compare":
-        compare(words)
+        compare(*words)
     elif what == "oracle":
         oracle(*words)
     elif what == "estimate":

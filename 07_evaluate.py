@@ -694,8 +694,9 @@ def lambada(row):
 
 
 def sciq(row):
-    choices = [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return {"query": f"{row['support'].strip()}\nQuestion: {row['question']}".strip(), "choices": choices, "gold": 3}
+    choices, gold = [row[f"distractor{i}"] for i in (1, 2, 3)], len(row["question"]) % 4  # not always the last
+    choices.insert(gold, row["correct_answer"])
+    return {"query": f"{row['support'].strip()}\nQuestion: {row['question']}".strip(), "choices": choices, "gold": gold}
 
 
 def piqa(row):

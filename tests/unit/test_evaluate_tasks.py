@@ -406,7 +406,7 @@ def test_rows_of_the_hub_become_questions(ev):
         "correct_answer": "d",
         **{f"distractor{i}": "abc"[i - 1] for i in (1, 2, 3)},
     }
-    assert ev.sciq(row) == {"query": "Question: Who?", "choices": [*"abcd"], "gold": 3}
+    assert ev.sciq(row) == {"query": "Question: Who?", "choices": [*"dabc"], "gold": 0}
     assert ev.piqa({"goal": "Go?", "sol1": "x", "sol2": "y", "label": 1})["gold"] == 1
     assert ev.boolq({"passage": "P", "question": "is it", "answer": True})["query"] == "Passage: P\nQuestion: is it?"
 

@@ -510,10 +510,10 @@ def fetch_run(tools, name):
     repo = f"{owner}/{repo}"
     files = tools.read_hub(f"list {repo}", lambda api: api.list_repo_files(repo, repo_type="model"))
     there = sorted(file.split("/")[1] for file in files if re.fullmatch(r"checkpoints/[^/]+/meta\.json", file))
-    if (runs or there[:1]) != (there if not runs else [x for x in runs if x in there]):
-        raise InputError(f"run={name!r}: {repo} holds the runs {', '.join(there) or '(none)'}; name one: {repo}/RUN")
-    run = (runs or there)[0]
-    folder = Path("runs", f"{owner}-{repo.split('/')[1]}", run)
+    found = [run for run in there if run in runs or not runs]
+    if len(found) != 1:
+        raise InputError(f"{repo} holds the runs {', '.join(there) or '(none)'}; name one: {repo}/RUN")
+    folder = Path("runs", repo.replace("/", "-"), found[0])
     if tools.list_checkpoints(folder):
         print(f"run     {folder} is there from an earlier download; delete it to fetch it anew")
         return folder

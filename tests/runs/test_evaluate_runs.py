@@ -136,6 +136,7 @@ def test_a_repo_of_the_hub(run, bundle, tmp_path):
     """What backup='hub' has put there: the newest checkpoint of a run, under its name."""
     files = contents(run / "checkpoints" / "step_00000012")
     files = {f"/me/model/resolve/main/checkpoints/big/{name}": data for name, data in files.items()}
+    files["/me/empty/resolve/main/tokenizer/tokenizer.json"] = b"{}"
     words = ["--tasks", "schema", "--bundle", str(bundle), "--limit", "5"]
     with HubServer(files) as hub:
         env = hub.environment(tmp_path / "home")
@@ -144,6 +145,8 @@ def test_a_repo_of_the_hub(run, bundle, tmp_path):
             assert done.returncode == 0, done.stderr
         assert "earlier download" in done.stdout
         assert results(tmp_path / "runs" / "me-model" / "big")["tasks"]["schema"]["n"] == 5
+        done = script("07_evaluate.py", "me/empty", *words, cwd=tmp_path, env=env)
+        assert done.returncode == 2 and one_line(done.stderr.strip(), "me/empty", "(none)")
         done = script("07_evaluate.py", "me/model/small", *words, cwd=tmp_path, env=env)
         assert done.returncode == 2 and one_line(done.stderr.strip(), "me/model", "runs big")
         done = script("07_evaluate.py", "me/nothing", *words, cwd=tmp_path, env=env)

@@ -534,9 +534,7 @@ def find_checkpoint(name):
         where = "cannot be loaded" if folder.exists() else "is no folder here, and cannot be had from the Hub"
         raise InputError(f"run={name!r}: {where} ({error})") from error
     if not (newest := tools.newest_checkpoint(folder)):
-        raise InputError(
-            f"run={name!r}: holds no checkpoint; name a run folder of 02_train.py, or owner/name of the Hub"
-        )
+        raise InputError(f"run={name!r}: holds no checkpoint; name a run folder, or owner/name of the Hub")
     return folder, *newest
 
 
@@ -562,7 +560,10 @@ def find_tokenizer(nb, config, path, meta):
 def load_run(name):
     """Returns the Run of a run folder, a checkpoint in it, or a Hub repo, on one device. Raises InputError."""
     folder, path, meta = find_checkpoint(str(name))
-    nb = load_notebook(meta.get("notebook", "02_train.py"))  # checkpoints before December 2026 name none
+    notebook = meta.get("notebook", "02_train.py")  # older checkpoints name none
+    if not re.fullmatch(r"\w[\w-]*\.py", notebook):  # its code will run: a name beside this one, no path and no address
+        raise InputError(f"checkpoint {path}: notebook={notebook!r} must be a file name, such as 02_train.py")
+    nb = load_notebook(notebook)
     here = {"mesh": (1, 1), "device_batch_size": 1, "total_batch_size": -1, "attn_impl": "einsum"}
     config = nb.Config().replace(**meta["config"] | here)
     tokenizer = find_tokenizer(nb, config, path, meta)

@@ -187,6 +187,9 @@ def test_what_is_wrong_with_a_run(ev, run, bundle, tmp_path, capsys, monkeypatch
     assert one_line(refusal(ev, capsys, run, *words, "--limit", "0"), "limit=0")
     assert one_line(refusal(ev, capsys, run, "--task", "x"), "--help lists")
     assert one_line(refusal(ev, capsys, run, "--tasks", "shema", "--bundle", bundle), "did you mean 'schema'?")
+    for name in ("../other/02_train.py", "/tmp/x.py", "https://x.org/y.py", "x"):  # code of a stranger
+        edit_meta(run, notebook=name)
+        assert one_line(refusal(ev, capsys, run, *words), repr(name), "file name")
     edit_meta(run, notebook="08_nothing.py")
     assert one_line(refusal(ev, capsys, run, *words), "08_nothing.py")
     edit_meta(run, notebook="02_train.py", data={"tokenizer": "0" * 16})

@@ -82,6 +82,7 @@ import shutil
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -604,7 +605,7 @@ def download_bundle():
         if not cores:
             raise zipfile.BadZipFile("there is no core.yaml in it")
         cores[0].parent.rename(folder)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"bundle {url}: what arrived is damaged ({error}); start again, or give --bundle") from error
     except OSError as error:
         hint = "check the network, or give --bundle FOLDER"

@@ -344,6 +344,11 @@ def test_a_bundle_that_cannot_be_had(ev, web, home):
     assert one_line(refusal(ev, "core"), "404", "--bundle", "none is cached")
     (web / "eval_bundle.zip").write_bytes(b"PK but no archive")
     assert one_line(refusal(ev, "core"), "damaged")
+    shutil.make_archive(str(web / "eval_bundle"), "zip", write_bundle(home / "made"))
+    whole = (web / "eval_bundle.zip").read_bytes()
+    for damaged in (whole[:-30], whole[:200] + b"?" * 200 + whole[400:]):
+        (web / "eval_bundle.zip").write_bytes(damaged)
+        assert one_line(refusal(ev, "core"), "damaged")
     with zipfile.ZipFile(web / "eval_bundle.zip", "w") as archive:
         archive.writestr("readme", "nothing")
     assert one_line(refusal(ev, "core"), "core.yaml")

@@ -717,6 +717,7 @@ def other_default(name, default):
 class Config(BaseConfig):
     """All choices of a run. `Config()` is the 369M model. Raises InputError (a ValueError) for a wrong value."""
 
+    notebook = "04_maxtext.py"  # no field: where a checkpoint's model is defined
     n_embd: int = option(1024, "width of the model, D, a multiple of 256", POSITIVE)
     n_layer: int = option(24, "layers, L", POSITIVE)
     mlp_dim: int = option(3072, "hidden units of the MLP, F, a multiple of 256", POSITIVE)
@@ -3045,6 +3046,7 @@ def check_alike(*values):
 # %% Checkpoints cellView="form" tags=["shared"]
 # @title Checkpoints
 LOGS = "metrics.jsonl", "samples.txt"  # a checkpoint has them as they were: a resumed run writes on from there
+TOKENIZER = "tokenizer.tiktoken", "tokenizer.json"  # a checkpoint has them, too: without them its ids mean nothing
 
 
 def named_arrays(state):
@@ -3060,7 +3062,7 @@ def host_copy(run_dir, state):
         x.copy_to_host_async()
     arrays = {name: np.array(all_gather(x)) for name, x in arrays.items()}  # one by one: the largest bounds the memory
     logs = {}
-    for name in LOGS:
+    for name in (*LOGS, *TOKENIZER):
         with contextlib.suppress(OSError):  # it is not there yet, or cannot be read: no reason not to save
             logs[name] = (run_dir / name).read_bytes()
     return arrays, logs
@@ -3079,7 +3081,8 @@ def write_checkpoint(run_dir, config, arrays, logs, meta, busy=lambda: None):
     """save_checkpoint of a host_copy. `busy()`: the checkpoint that is being copied, which stays."""
     from safetensors.numpy import save_file
 
-    facts = {"config": dataclasses.asdict(config), "tokens_per_step": config.tokens_per_step, **meta}
+    facts = {"notebook": config.notebook, "config": dataclasses.asdict(config)}
+    facts |= {"tokens_per_step": config.tokens_per_step, **meta}
 
     def fill(folder):
         save_file(arrays, folder / "state.safetensors")
@@ -3138,8 +3141,9 @@ def drop_old_checkpoints(final, keep, busy=lambda: None):
 WORK = "evaluate", "sample", "save"  # what train does between steps
 NUMBER, NOTHING = (int, float), type(None)
 META = {  # what meta.json holds, and of which types
-    "step": int, "config": dict, "files": dict, "tokens_per_step": int, "finished": bool, "todo": list, "data": dict,
-    "best": (dict, NOTHING), "val_loss": (*NUMBER, NOTHING), "loader": (dict, NOTHING), "wandb": (str, NOTHING),
+    "step": int, "notebook": str, "config": dict, "files": dict, "tokens_per_step": int, "finished": bool,
+    "todo": list, "data": dict, "best": (dict, NOTHING), "val_loss": (*NUMBER, NOTHING), "loader": (dict, NOTHING),
+    "wandb": (str, NOTHING),
 }  # fmt: skip
 
 
@@ -3792,6 +3796,9 @@ class Training:
         if is_first():
             open_backup(config)
         self.run, checkpoint, lock = open_run_together(config, self.data)
+        if is_first():
+            with contextlib.suppress(OSError):  # only 07_evaluate.py reads them
+                save_tokenizer(self.tokenizer, self.run)
         self.resumed = checkpoint
         stack.enter_context(lock)
         self.state, self.meta = load_checkpoint(checkpoint, config) if checkpoint else (None, {"step": 0})

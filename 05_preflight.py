@@ -471,8 +471,8 @@ def describe_trace(run_dir, reports):
 # goes as [StableHLO](https://docs.jax.dev/en/latest/export/export.html) to a process of its own that compiles it.
 
 
-# %% The subject cellView="form"
-# @title The subject
+# %% Load a notebook cellView="form" tags=["shared"]
+# @title Load a notebook
 def load_notebook(name):
     """Returns a notebook, here, beside this file or on GitHub, as a module of its cells not tagged `run`."""
     paths = Path(name).absolute(), Path(globals().get("__file__", "")).absolute().parent / name
@@ -493,6 +493,8 @@ def load_notebook(name):
     return module
 
 
+# %% The subject cellView="form"
+# @title The subject
 def on_topology(config, topology):
     """Returns config on the chips of a topology, with a TPU's attention; mesh='auto' becomes (all chips, 1)."""
     nb, chips = sys.modules[type(config).__module__], parse_topology(topology)[1]

@@ -199,7 +199,7 @@ def run(kind, name, settings=(), out=None):
             raise Wrong(2, f"--out {out}: {content} is already there; remove it, or name another folder")
         content.mkdir(parents=True)
         (content / name).write_text(json.dumps(notebook), encoding="utf-8")
-        if name.startswith("05"):  # in Colab it fetches its subject from GitHub
+        if name.startswith(("05", "07")):  # in Colab they fetch their subject from GitHub
             shutil.copyfile(ROOT / "02_train.py", content / "02_train.py")
         copy, environment = prepare(Path(folder), venv)
         options = dict(cwd=content, env=environment, capture_output=True, encoding="utf-8")
@@ -244,6 +244,8 @@ def main(argv=None):
         if wrong := [setting for setting in options.set if not re.match(r"\w+=", setting)]:
             raise Wrong(2, f"--set {wrong[0]}: must be NAME=VALUE, such as num_iterations=20")
         kinds = KINDS if options.kind == "all" else [options.kind]
+        if not any(setting.startswith("RUN=") for setting in options.set):
+            names = [name for name in names if not name.startswith("07")]  # it needs a run
         names = names if options.notebook == "all" else [options.notebook]
         return 0 if all([run(kind, name, options.set, options.out) for kind in kinds for name in names]) else 1
     except Wrong as error:

@@ -11,7 +11,7 @@ import pytest
 from tools.notebooks import load
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = "changes cloud data dependencies gpu interruptions many-chips speed sweeps watch"
+PAGES = "changes cloud data dependencies evaluate gpu interruptions many-chips speed sweeps watch"
 DOCS = ["README.md", *(f"docs/{name}.md" for name in PAGES.split())]
 DOCS += sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*"))
 BEFORE = {"--preset", "--help"}  # options that a notebook takes from the command line before parse_args sees the rest
@@ -39,6 +39,8 @@ def check_command(notebook, options):
             return
         options += [f"--preset={own.preset}"] if own.preset else []
     module = load(ROOT / notebook)
+    if notebook.startswith("07"):
+        return module.parse_command(options)
     own = BEFORE | (WORKER if notebook.startswith("03") else set())
     rest, words = [], [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while words:
@@ -108,6 +110,8 @@ def test_every_way_to_start_a_run_is_found():
         "python 05_preflight.py 02_train.py v6e:2*4",
         "python 05_preflight.py 02_train.py v6e --n_heads 6",
         "python 05_nothing.py",
+        "python 07_evaluate.py runs/demo --task quick",
+        "python 07_evaluate.py --limit 500",
         "~/venv/bin/python 04_maxtext.py --presets v6e_8",
     ],
 )

@@ -4,12 +4,14 @@ Every cell ends well, every try-it cell prints, and nothing is red: bars and war
 """
 
 import base64
+import shutil
 
 import nbclient
 import nbformat
 import pytest
 
 from tests.helpers import ALIGNED, EMBEDDED, ROOT, TINY, without_hub
+from tests.unit.test_evaluate_tasks import write_bundle
 from tools import colab
 
 FEW = TINY | dict(num_iterations=8, log_interval=1, eval_interval=4, sample_interval=4, profile_steps=2)
@@ -24,6 +26,7 @@ SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pic
     "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "config = Config"], 2),
     "04": (WIDE, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 0),
+    "07": (dict(TASKS="core", LIMIT=6), ["the mean of the 3 tasks", "question"], 1),
 }
 
 
@@ -38,8 +41,12 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("0*.ipynb")))
-def test_run_all(offline, name):
+def test_run_all(offline, finished, name):
     settings, says, count = SETTINGS[name[:2]]
+    if name[:2] == "07":
+        shutil.copytree(finished[0].run_dir, offline / "run")
+        shutil.copyfile(ROOT / "02_train.py", offline / "02_train.py")  # else it is fetched from GitHub
+        settings = settings | dict(RUN=offline / "run", BUNDLE=write_bundle(offline / "bundle"))
     notebook = nbformat.read(ROOT / name, 4)
     if name[:2] in ("02", "03", "04"):
         settings = settings | dict(run_dir=offline / "run", dataset=EMBEDDED)

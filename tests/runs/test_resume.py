@@ -187,7 +187,8 @@ config = nb.Config.demo().replace(**{settings!r}, run_dir=str(Path.home() / "run
         _, printed = run_code(code + "nb.train(config)", one)
         folder = "/me/model/resolve/main/checkpoints/run/"
         files = {path.removeprefix(folder): data for path, data in hub.files.items()}
-        assert set(files) == {"meta.json", "metrics.jsonl", "samples.txt", "state.safetensors"}
+        logs, tokenizer = {"metrics.jsonl", "samples.txt"}, {"tokenizer.tiktoken", "tokenizer.json"}
+        assert set(files) == {"meta.json", "state.safetensors"} | logs | tokenizer
         whole = contents(finished[0].run_dir)["checkpoints/step_00000012/state.safetensors"]
         assert files["state.safetensors"] == whole
         meta = json.loads(files["meta.json"]) | {"finished": False}  # as if there were more to do

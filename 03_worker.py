@@ -2627,11 +2627,17 @@ def local_files(dataset):
     return {p.relative_to(path).as_posix(): p for p in found}
 
 
+def is_empty(path):
+    """Whether a file has no bytes, or is parquet without rows, such as Spark leaves beside others."""
+    with contextlib.suppress(*DAMAGED):  # it is refused when it is opened
+        return path.stat().st_size == 0 or kind_of(path) == "parquet" and pq.read_metadata(path).num_rows == 0
+
+
 def find_files(dataset):
     """Returns ({name: path or HubFile}, {split: [names]}) of the data of a dataset, all of one kind.
 
     That is parquet, else the most frequent kind. Hidden files, and names such as README, are no data. Tables in the
-    folder itself hide those in folders below it."""
+    folder itself hide those in folders below it, and empty ones are left out."""
     if on_hub(dataset):
         files, splits = hub_files(dataset)
     elif (path := local_path(dataset)).is_file():
@@ -2645,6 +2651,7 @@ def find_files(dataset):
         names = [name for name in data if kind_of(name) == kind]
         if not on_hub(dataset) and kind != "text":
             names = [name for name in names if "/" not in name] or names
+            names = [name for name in names if not is_empty(files[name])] or names
         if len(names) < len(data):
             say_once(("kinds", dataset), f"data    {dataset}: {len(names)} {kind} files of {len(data)} files are read")
         splits = split_names(dataset, names, kind == "text")

@@ -215,6 +215,18 @@ def test_what_was_chosen_is_printed(nb, tmp_path, capsys):
         assert size == pytest.approx(0.98 * 30e6, rel=0.02)
 
 
+def test_empty_tables_beside_others_are_left_out(nb, tmp_path, capsys):
+    nb.SAID.clear()
+    for i, texts in enumerate((["one"], [], ["two"], [])):
+        write_shard(tmp_path / f"part-{i}.parquet", texts)
+    assert read(nb, tmp_path) == [["one"], ["two"]]
+    assert f"data    {tmp_path}: 2 parquet files of 4 files are read" in capsys.readouterr().out
+    (tmp_path / "lines").mkdir()
+    for i, text in enumerate(('{"text": "one"}\n', "", '{"text": "two"}\n')):
+        (tmp_path / "lines" / f"{i}.jsonl").write_text(text)
+    assert read(nb, tmp_path / "lines") == [["one"], ["two"]]
+
+
 def test_the_column_of_the_texts(nb, tmp_path, capsys):
     """The only one of strings is taken, and named; of several, the likeliest is proposed."""
     nb.SAID.clear()

@@ -1161,11 +1161,12 @@ def size_of(file):
 
 def identity(shard):
     """Returns what tells a shard from others: of files of the Hub their hashes, of local ones size, beginning, end."""
-    sizes, digest = sum(map(size_of, shard.files)), hashlib.sha256()
-    if len(shard.files) == 1 and isinstance(file := shard.files[0], HubFile):
-        return f"{file.name} {file.oid[:8]}".strip()
-    for file in shard.files:
-        digest.update(os.fsencode(Path(str(file)).name))
+    files, digest = shard.files, hashlib.sha256()
+    if len(files) == 1 and isinstance(files[0], HubFile):
+        return f"{files[0].name} {files[0].oid[:8]}".strip()
+    names = [os.fsencode(Path(str(file)).name) for file in files]
+    for name, file in zip(names, files):
+        digest.update(name if len(files) > 1 else b"")
         if isinstance(file, HubFile):
             digest.update(file.oid.encode())
             continue
@@ -1173,12 +1174,8 @@ def identity(shard):
             digest.update(opened.read(2**20))
             opened.seek(max(opened.tell(), size_of(file) - 2**20))  # of parquet it has the footer: sizes of all columns
             digest.update(opened.read())
-    name = (
-        os.fsencode(Path(str(file)).name).decode(errors="replace")
-        if len(shard.files) == 1
-        else f"{len(shard.files)} files"
-    )
-    return f"{name}, {sizes} bytes, {digest.hexdigest()[:8]}"
+    name = names[0].decode(errors="replace") if len(files) == 1 else f"{len(files)} files"
+    return f"{name}, {sum(map(size_of, files))} bytes, {digest.hexdigest()[:8]}"
 
 
 class Probe:
@@ -1349,7 +1346,7 @@ def open_bytes(file):
 
 
 def split_bytes(stream, separator):
-    """Yields what stands between separators; without a separator, all."""
+    """Yields (what stands between two separators, bytes of the separator after it); without a separator, all."""
     held = bytearray()
     while block := stream.read(2**18 if separator else -1):
         searched = max(0, len(held) - len(separator) + 1)

@@ -594,6 +594,7 @@ CORE = (
 
 
 def bundle_cache():
+    """Returns the folder in which the published bundle is kept."""
     return Path.home() / ".cache" / "tpuchat" / "eval_bundle"
 
 

@@ -1292,8 +1292,8 @@ def plain_loss(x, head, targets, softcap):
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
 
 
-# %% Optimizer cellView="form" tags=["shared"]
-# @title Optimizer
+# %% Schedule cellView="form" tags=["shared"]
+# @title Schedule
 class TrainState(NamedTuple):
     """All that a step changes. It is donated: the new state takes the old one's memory."""
 
@@ -1323,6 +1323,8 @@ def scheduled_lr(hyper, step):
     return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
 
 
+# %% Optimizer cellView="form" tags=["shared"]
+# @title Optimizer
 def adam_direction(hyper, t, mu, nu):
     """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
@@ -1333,9 +1335,15 @@ def is_decayed(path, p):
     return p.ndim > 1 and path[0].key != "embed"
 
 
-def adamw(hyper, state, grads, learning_rate):
+def init_moments(params):
+    """Returns the moments before the first update, float32."""
+    return jax.tree.map(jnp.zeros_like, (params, params))
+
+
+def update_params(config, state, grads, learning_rate):
     """Returns (params, mu, nu) after one AdamW update, all float32; grads may be bfloat16."""
-    b1, b2, t = hyper["beta1"], hyper["beta2"], state.step + 1
+    hyper, t = state.hyper, state.step + 1
+    b1, b2 = hyper["beta1"], hyper["beta2"]
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, grads)
@@ -1355,8 +1363,8 @@ def adamw(hyper, state, grads, learning_rate):
 def new_state(config, key_data, hyper):
     """Returns the TrainState before step 0, sharded as it stays."""
     params = init_params(config, jax.random.wrap_key_data(key_data, impl="threefry2x32"))
-    mu, nu = jax.tree.map(jnp.zeros_like, (params, params))
-    return TrainState(constrain(config, jnp.zeros((), jnp.int32)), *shard_weights(config, (params, mu, nu)), hyper)
+    state = shard_weights(config, (params, *init_moments(params)))
+    return TrainState(constrain(config, jnp.zeros((), jnp.int32)), *state, hyper)
 
 
 def seed_and_hyper(config):
@@ -1439,7 +1447,7 @@ def train_step(config, state, tokens, targets):
         norm, learning_rate = global_norm(grads), scheduled_lr(state.hyper, state.step)
         if config.grad_clip:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, config.grad_clip / norm), grads)
-        new = adamw(state.hyper, state, grads, learning_rate)
+        new = update_params(config, state, grads, learning_rate)
         if config.nonfinite == "skip":
             fine, old = jnp.isfinite(loss) & jnp.isfinite(norm), (state.params, state.mu, state.nu)
             new = jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)
@@ -1715,10 +1723,10 @@ def evaluate(config, params, batches):
 # %% Decode cellView="form" tags=["shared"]
 # @title Decode
 def decode_token(config, weights, cache, tokens, position):
-    """Returns (logits [B, V] after `tokens` [B] at `position`, the KV cache with them: a pair [B·K, T, H] a layer)."""
+    """Returns (logits [B, V] after tokens [B, T] at `position`, the KV cache with them: a pair [B·K, T, H] a layer)."""
     T = config.seq_len
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
-    x = x0 = embed(config, weights, tokens)
+    x = x0 = embed(config, weights, tokens[:, position])
     s, new_cache = jnp.arange(T), []
     for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
         x = mix_residual(layer, x, x0)
@@ -1769,7 +1777,7 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
 
     def step(carry):
         position, tokens, cache, done = carry
-        logits, cache = decode_token(config, weights, cache, tokens[:, position], position)
+        logits, cache = decode_token(config, weights, cache, tokens, position)
         following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k, top_p)
         in_prompt = position + 1 < lengths
         following = jnp.where(in_prompt, tokens[:, position + 1], jnp.where(done, stop, following))

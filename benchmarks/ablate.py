@@ -42,7 +42,7 @@ def plain_step(config, state, tokens, targets):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[0][..., None], axis=-1))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    params = nb.adamw(state.hyper, state, grads, nb.scheduled_lr(state.hyper, state.step))
+    params = nb.update_params(config, state, grads, nb.scheduled_lr(state.hyper, state.step))
     return nb.TrainState(state.step + 1, *params, state.hyper), {"loss": loss}
 
 

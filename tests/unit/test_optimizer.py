@@ -60,7 +60,7 @@ def test_adamw_is_optax_adamw(nb):
     learning_rate = 0.01
     oracle = optax.adamw(learning_rate, b1=0.8, b2=0.97, eps=1e-4, weight_decay=0.3, mask=decayed)
     params = start = state.params
-    opt_state, update, adamw = oracle.init(params), jax.jit(oracle.update), jax.jit(nb.adamw)
+    opt_state, update, adamw = oracle.init(params), jax.jit(oracle.update), jax.jit(nb.update_params)
     rng = np.random.default_rng(0)
     for step in range(20):
         grads = jax.tree.map(
@@ -69,7 +69,7 @@ def test_adamw_is_optax_adamw(nb):
         grads["embed"] = grads["embed"].at[:100].set(0)
         changes, opt_state = update(grads, opt_state, params)
         params = optax.apply_updates(params, changes)
-        new, mu, nu = adamw(state.hyper, state, grads, jnp.float32(learning_rate))
+        new, mu, nu = adamw(config, state, grads, jnp.float32(learning_rate))
         state = nb.TrainState(jnp.int32(step + 1), new, mu, nu, state.hyper)
     adam = opt_state[0]
     for have, want in ((state.mu, adam.mu), (state.nu, adam.nu)):

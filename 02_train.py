@@ -983,7 +983,7 @@ def cast_weights(config, params):
     already cast come back as they are."""
 
     def cast(path, weight):
-        keep = weight.ndim == 0 or path[0].key == "embed"
+        keep = weight.ndim == 0 or part_of(path) == "embed"
         return weight if keep else weight.astype(config.compute_dtype)
 
     return shard_weights(config, jax.tree_util.tree_map_with_path(cast, params))
@@ -1016,9 +1016,9 @@ if IN_NOTEBOOK:
 def part_of(path):
     """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree."""
     name = path[-1].key
-    if name in ("embed", "lm_head"):
+    if name == "lm_head":
         return name
-    return "mlp" if name in ("gate", "up", "down") else "attn"
+    return "embed" if "embed" in name else "mlp" if name in ("gate", "up", "down") else "attn"
 
 
 def count_params(config):
@@ -1189,7 +1189,7 @@ def is_decayed(path, p):
     return p.ndim > 1 and path[0].key != "embed"
 
 
-def init_moments(params):
+def init_moments(config, params):
     """Returns the moments before the first update, float32."""
     return jax.tree.map(jnp.zeros_like, (params, params))
 
@@ -1216,7 +1216,7 @@ def update_params(config, state, grads, learning_rate):
 def new_state(config, key_data, hyper):
     """Returns the TrainState before step 0, sharded as it stays."""
     params = init_params(config, jax.random.wrap_key_data(key_data, impl="threefry2x32"))
-    state = shard_weights(config, (params, *init_moments(params)))
+    state = shard_weights(config, (params, *init_moments(config, params)))
     return TrainState(constrain(config, jnp.zeros((), jnp.int32)), *state, hyper)
 
 

@@ -63,6 +63,12 @@ def mt():
 
 
 @pytest.fixture(scope="session")
+def recipe():
+    """06_recipe as a module."""
+    return load(ROOT / "06_recipe.py")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(nb):
     """The embedded tokenizer."""
     return nb.load_tokenizer(ROOT / "data" / "embedded" / "tokenizer")

@@ -594,7 +594,7 @@ class Config(BaseConfig):
         """Returns a model of 3.7M parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            learning_rate=4e-3, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/demo",
+            learning_rate=2e-3, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/demo",
             log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
@@ -1045,7 +1045,7 @@ def init_params(config, key):
 
     | weight                | shape                  | initial value                                            |
     |-----------------------|------------------------|----------------------------------------------------------|
-    | embed                 | [V, D]                 | normal, std 0.1; a norm follows, so only its direction   |
+    | embed                 | [V, D]                 | normal, std 0.01; a norm follows, so only its direction  |
     |                       |                        | matters; Adam's step of fixed size turns a short row more |
     | q, k, v, up           | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out   |
     | o, down               | [N, H, D], [F, D]      | zero: at step 0 attention and MLP add nothing            |
@@ -1070,7 +1070,7 @@ def init_params(config, key):
         }  # fmt: skip
 
     return {
-        "embed": normal(0.1, V, D),
+        "embed": normal(0.01, V, D),
         "lm_head": normal(0.001, D, V),
         "layers": [layer() for _ in range(config.depth)],
     }
@@ -1434,6 +1434,14 @@ def scheduled_lr(hyper, step):
 
 # %% Optimizer cellView="form" tags=["shared"]
 # @title Optimizer
+HEAD_RATE = 4  # the head's learning rate over config.learning_rate
+
+
+def rate_share(path):
+    """Returns the learning rate of a parameter over config.learning_rate."""
+    return HEAD_RATE if path[-1].key == "lm_head" else 1
+
+
 def adam_direction(hyper, t, mu, nu):
     """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
@@ -1461,7 +1469,7 @@ def update_params(config, state, grads, learning_rate):
         direction = adam_direction(hyper, t, m, n)
         if is_decayed(path, p):
             direction += hyper["weight_decay"] * p
-        return p - learning_rate * direction
+        return p - rate_share(path) * learning_rate * direction
 
     return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
 
@@ -1572,8 +1580,9 @@ def state_norms(state):
     hyper, learning_rate, squares = state.hyper, scheduled_lr(state.hyper, state.step - 1), collections.Counter()
     leaves = (jax.tree.leaves(tree) for tree in (state.mu, state.nu))
     for (path, p), m, n in zip(jax.tree_util.tree_leaves_with_path(state.params), *leaves, strict=True):
-        decay = learning_rate * hyper["weight_decay"] if is_decayed(path, p) else 0.0
-        step = learning_rate * adam_direction(hyper, state.step, m, n)
+        rate = rate_share(path) * learning_rate
+        decay = rate * hyper["weight_decay"] if is_decayed(path, p) else 0.0
+        step = rate * adam_direction(hyper, state.step, m, n)
         update = step + decay * (p + step) / (1 - decay)  # p + update is what the weight was
         squares[f"param_norm/{part_of(path)}"] += jnp.sum(jnp.square(p))
         squares[f"update_norm/{part_of(path)}"] += jnp.sum(jnp.square(update))

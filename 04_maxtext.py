@@ -806,7 +806,7 @@ def init_params(config, key):
 
     | weight            | shape                  | initial value                                          |
     |-------------------|------------------------|--------------------------------------------------------|
-    | embed             | [V, D]                 | normal, std 0.1; a norm follows                        |
+    | embed             | [V, D]                 | normal, std 0.01; a norm follows                       |
     | q, k, v, gate, up | [D, N or K, H], [D, F] | uniform, std 1/√D: unit variance in, unit variance out |
     | o, down           | [N, H, D], [F, D]      | zero: at step 0 every layer is the identity            |
     | lm_head           | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V             |
@@ -828,7 +828,7 @@ def init_params(config, key):
         }  # fmt: skip
 
     return {
-        "embed": normal(0.1, V, D),
+        "embed": normal(0.01, V, D),
         "lm_head": normal(0.001, D, V),
         "layers": [layer() for _ in range(config.depth)],
     }
@@ -1325,6 +1325,14 @@ def scheduled_lr(hyper, step):
 
 # %% Optimizer cellView="form" tags=["shared"]
 # @title Optimizer
+HEAD_RATE = 4  # the head's learning rate over config.learning_rate
+
+
+def rate_share(path):
+    """Returns the learning rate of a parameter over config.learning_rate."""
+    return HEAD_RATE if path[-1].key == "lm_head" else 1
+
+
 def adam_direction(hyper, t, mu, nu):
     """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
     return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
@@ -1352,7 +1360,7 @@ def update_params(config, state, grads, learning_rate):
         direction = adam_direction(hyper, t, m, n)
         if is_decayed(path, p):
             direction += hyper["weight_decay"] * p
-        return p - learning_rate * direction
+        return p - rate_share(path) * learning_rate * direction
 
     return jax.tree_util.tree_map_with_path(update, state.params, mu, nu), mu, nu
 
@@ -1463,8 +1471,9 @@ def state_norms(state):
     hyper, learning_rate, squares = state.hyper, scheduled_lr(state.hyper, state.step - 1), collections.Counter()
     leaves = (jax.tree.leaves(tree) for tree in (state.mu, state.nu))
     for (path, p), m, n in zip(jax.tree_util.tree_leaves_with_path(state.params), *leaves, strict=True):
-        decay = learning_rate * hyper["weight_decay"] if is_decayed(path, p) else 0.0
-        step = learning_rate * adam_direction(hyper, state.step, m, n)
+        rate = rate_share(path) * learning_rate
+        decay = rate * hyper["weight_decay"] if is_decayed(path, p) else 0.0
+        step = rate * adam_direction(hyper, state.step, m, n)
         update = step + decay * (p + step) / (1 - decay)  # p + update is what the weight was
         squares[f"param_norm/{part_of(path)}"] += jnp.sum(jnp.square(p))
         squares[f"update_norm/{part_of(path)}"] += jnp.sum(jnp.square(update))

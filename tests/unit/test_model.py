@@ -111,7 +111,7 @@ def test_initial_values(nb):
         assert 0.999 * bound < np.abs(x).max() <= bound * (1 + 1e-6)
 
     assert params["embed"].shape == (V, D) and params["lm_head"].shape == (D, V)
-    is_normal(params["embed"], 0.1)
+    is_normal(params["embed"], 0.01)
     is_normal(params["lm_head"], 0.001)
     shapes = {"q": (D, N, H), "k": (D, K, H), "v": (D, K, H), "o": (N, H, D), "up": (D, F), "down": (F, D)}
     scalars = {"resid_scale": 1.0, "x0_scale": np.float32(0.1)}

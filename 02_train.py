@@ -1142,7 +1142,8 @@ if IN_NOTEBOOK:
 #
 # [AdamW](https://arxiv.org/abs/1711.05101) with a trapezoid for the learning rate: linear warmup, constant, linear
 # warmdown. The loss falls clearly once more in the warmdown. Weight decay applies to the matrices, not to the embedding
-# (a rare token's row would shrink between its visits) nor to the scalars.
+# (a rare token's row would shrink between its visits) nor to the scalars. The head learns at four times the rate of the
+# other weights: the two want different rates, and one rate for both cost the demo 0.04 bits per byte (docs/recipe.md).
 #
 # Each number of the schedule is a traced scalar in the train state. The weights that AdamW updates (*masters*) and the
 # moments are float32. The forward pass reads a bfloat16 copy of the masters, which `cast_weights` makes once a step.

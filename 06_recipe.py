@@ -724,7 +724,12 @@ def mlp(layer, x):
 # ## Config
 #
 # The shapes are those of 02_train.py. One option is new: `without` leaves parts out, to see what each one gives, as in
-# `python 06_recipe.py --without muon,smear`. `learning_rate` is Muon's; the rates of AdamW are shares of it.
+# `python 06_recipe.py --without muon,smear`.
+#
+# `learning_rate` is Muon's; the rates of AdamW are shares of it. nanochat found 0.02 for steps of 524,288 tokens, and
+# that rates follow the square root of the batch; so 0.01 is the default for the 131,072 tokens of a step here. Muon's
+# arithmetic is the same for any batch, so a small one would pay for it often. The demo's 800 steps of 2,048 tokens are
+# too few for such rules: its best rate was 0.02.
 
 # %% Config
 # Sequences that fit a chip, by device_kind (05_preflight.py).
@@ -746,7 +751,8 @@ class Config(BaseConfig):
 
     notebook = "06_recipe.py"  # no field: where a checkpoint's model is defined
     aspect_ratio: int = option(64, "width over depth, D / L", POSITIVE)
-    learning_rate: float = other_default("learning_rate", 0.02)
+    total_batch_size: int = other_default("total_batch_size", 131_072)
+    learning_rate: float = other_default("learning_rate", 0.01)
     target_param_data_ratio: float = other_default("target_param_data_ratio", 5.0)  # half of them are value embeddings
     run_dir: str = other_default("run_dir", "runs/recipe")
     without: str = option("", f"parts to leave out, separated by commas: {', '.join(PARTS)}", WITHOUT)
@@ -776,7 +782,7 @@ class Config(BaseConfig):
         """Returns a model of 4.7M parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/recipe-demo",
+            total_batch_size=-1, learning_rate=0.02, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/recipe-demo",
             log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip

@@ -33,6 +33,7 @@ def small_config(nb, **changes):
     """Three layers with D = 64 and the windows T/2, T, T; K = 2 of N = 4 heads. Of 04: two 256-aligned layers."""
     config = dict(ALIGNED if nb.__name__ == "nb_04_maxtext" else SMALL)
     config |= dict(compute_dtype="float32", attn_impl="einsum", device_batch_size=2, num_iterations=20)
+    config |= dict(total_batch_size=-1)  # 06 has another default
     return nb.Config(**config | dict(learning_rate=0.01, warmup_ratio=0.2) | changes)
 
 
@@ -40,6 +41,7 @@ def shaken(nb, config, seed=0, head=0.1):
     """Parameters in which no weight is zero or one, so that every part of the model has a say in the logits."""
     rng, params = np.random.default_rng(seed), nb.init_params(config, jax.random.key(seed))
     noise = {"o": 0.1, "down": 0.05, "resid_scale": 0.3, "x0_scale": 0.3, "lm_head": head}
+    noise |= {"value_gate": 0.3, "smear_gate": 0.3, "smear_scale": 1.0, "backout_scale": 0.3}  # of 06
 
     def shake(path, x):
         return x + noise.get(path[-1].key, 0) * jnp.asarray(rng.normal(size=x.shape), jnp.float32)

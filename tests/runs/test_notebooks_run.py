@@ -26,6 +26,7 @@ SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pic
     "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "config = Config"], 2),
     "04": (WIDE, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 0),
+    "06": (FEW, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "07": (dict(TASKS="core", LIMIT=6), ["the mean of 3 tasks", "question"], 1),
 }
 
@@ -48,7 +49,7 @@ def test_run_all(offline, finished, name):
         shutil.copyfile(ROOT / "02_train.py", offline / "02_train.py")  # else it is fetched from GitHub
         settings = settings | dict(RUN=offline / "run", BUNDLE=write_bundle(offline / "bundle"))
     notebook = nbformat.read(ROOT / name, 4)
-    if name[:2] in ("02", "03", "04"):
+    if name[:2] in ("02", "03", "04", "06"):
         settings = settings | dict(run_dir=offline / "run", dataset=EMBEDDED)
     colab.change(notebook, name, [f"{field}={value}" for field, value in settings.items()])
     notebook = nbformat.from_dict(notebook)
@@ -63,7 +64,7 @@ def test_run_all(offline, finished, name):
     assert tries and all(tries.values()), tries
     shown = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(shown) == count
-    if name[:2] in ("02", "04"):
+    if name[:2] in ("02", "04", "06"):
         assert [base64.b64decode(picture) for picture in shown] == [(offline / "run" / "loss.png").read_bytes()]
         (page,) = (output.data["text/html"] for output in outputs if "text/html" in output.get("data", {}))
         assert page.count("bits") > 50

@@ -32,6 +32,7 @@ PARITY = {
     "fused": ("02_train.py", {"attn_impl": "fused", "head_dim": 128, "aspect_ratio": 128, "n_kv_head": 2}, "(2, 4)"),
     "accumulated": ("02_train.py", {"passes": 2, "grad_clip": 0.5, "nonfinite": "skip"}, "(2, 4)"),
     "04, chunked": ("04_maxtext.py", {"loss_chunks": 2, "remat": "minimal", "n_layer": 1}, "(2, 4)"),
+    "06": ("06_recipe.py", {"total_batch_size": -1}, "(8, 1)", "(2, 4)"),
     "04, scanned": ("04_maxtext.py", {"layers": "scanned", "remat": "full"}, "(1, 8)"),
 }
 
@@ -39,12 +40,13 @@ PARITY = {
 @pytest.mark.parametrize("name", PARITY)
 def test_five_steps_equal_those_of_one_device(name):
     """Losses and parameters, with data parallel, fsdp and both. What differs is the order of float32 sums over tokens,
-    6e-8 an operation; measured 8e-8 of the loss and 4e-8 of a parameter, which moves by up to 0.05. One program."""
+    6e-8 an operation; measured 8e-8 of the loss and 4e-8 of a parameter, which moves by up to 0.05. Muon's iterates are
+    bfloat16, in which the last bit of the gradients can show: 6e-7 and 8e-4 there. One program."""
     notebook, changes, *meshes = PARITY[name]
     found = eight_devices("parity", notebook, json.dumps(changes), *meshes)
     assert set(found) == {"(1, 1)", *(meshes or ("(8, 1)", "(1, 8)", "(2, 4)"))}
     for mesh, result in found.items():
-        assert result["loss"] < 1e-6 and result["params"] < 1e-6, (mesh, result)
+        assert result["loss"] < 1e-6 and result["params"] < (2e-3 if name == "06" else 1e-6), (mesh, result)
         assert result["moved"] > 0.02 and result["programs"] == 1, (mesh, result)
         data, fsdp = eval(mesh)
         assert result["devices"] == [data * fsdp]

@@ -108,7 +108,7 @@ def test_answers_that_are_alike_still_have_a_token_that_counts(ev, choices):
 # ---- packing and scores
 
 
-@pytest.fixture(scope="module", params=["02_train.py", "04_maxtext.py"])
+@pytest.fixture(scope="module", params=["02_train.py", "04_maxtext.py", "06_recipe.py"])
 def model(request):
     """(notebook, Config, params) of a small model in which every weight has a say."""
     nb = load(ROOT / request.param)

@@ -782,8 +782,8 @@ class Config(BaseConfig):
         """Returns a model of 4.7M parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            total_batch_size=-1, learning_rate=0.02, num_iterations=500, dataset="embedded", num_shards=-1, run_dir="runs/recipe-demo",
-            log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
+            total_batch_size=-1, learning_rate=0.02, num_iterations=500, dataset="embedded", num_shards=-1,
+            run_dir="runs/recipe-demo", log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
 

@@ -734,7 +734,7 @@ def mlp(layer, x):
 # %% Config
 # Sequences that fit a chip, by device_kind (05_preflight.py).
 DEVICE_BATCH = {"TPU v6 lite": 4, "TPU v5 lite": 2}
-PARTS = "muon", "value_embeddings", "smear", "backout"
+PARTS = "muon", "normuon", "value_embeddings", "smear", "backout"
 WITHOUT = f"must be parts of {', '.join(PARTS)}, separated by commas", lambda value: {*value.split(",")} <= {"", *PARTS}
 
 
@@ -1021,18 +1021,53 @@ if IN_NOTEBOOK:
         print(f"singular values {name:6}: 10% below {low:7.3f}, median {median:7.3f}, largest {high:7.3f}")
 
 # %% [markdown]
+# ### NorMuon
+#
+# After orthogonalization the directions are even, but rows of the matrix, which belong to neurons, are not: some get
+# larger updates than others in step after step. [NorMuon](https://arxiv.org/abs/2510.05491) keeps a second moment of
+# each row, one number, as Adam does of each weight, and divides by its root. The norm of the whole update stays.
+
+
+# %% NorMuon
+SECOND_MOMENT = 0.95  # its decay
+
+
+def long_axis_moment(shape):
+    """Returns the shape of the second moment of a matrix [rows, columns]: a number for each index of its longer axis."""
+    rows, columns = shape
+    return (rows, 1) if rows >= columns else (1, columns)
+
+
+def normalize_rows(x, n, t):
+    """Returns (the update x [rows, columns] with even rows, the new second moment), float32, at step t = 1, 2, …."""
+    axis = -1 if n.shape[-1] == 1 else -2
+    n = SECOND_MOMENT * n + (1 - SECOND_MOMENT) * jnp.mean(jnp.square(x), axis=axis, keepdims=True)
+    even = x * jax.lax.rsqrt(n / (1 - SECOND_MOMENT**t) + 1e-12)
+    return even * global_norm(x) / (global_norm(even) + 1e-12), n
+
+
+# %% [markdown]
 # ### The update
 #
-# Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
+# Muon's momentum rises from 0.85 to 0.95 in the first 200 steps, when gradients change fast, and falls to 0.90 in the
+# warmdown (modded-nanogpt, nanochat). Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
 # gets a larger step, √(columns / rows), so that all change their outputs alike. AdamW takes the rest: embeddings, whose
 # gradients are rows of a few tokens; the head; scalars and gates. `ADAM_RATES` has their learning rates, as shares of
 # Muon's.
 
 
 # %% Optimizer
-MOMENTUM = 0.95  # of Muon, with Nesterov's look ahead
+MOMENTUM = 0.85, 0.95, 0.90  # of Muon: at the start, after 200 steps, and at the end
 MATRICES = "q", "k", "v", "o", "up", "down"
 ADAM_RATES = {"embed": 0.2, "value_embed": 0.2, "lm_head": 0.2, "scalar": 0.2, "matrix": 0.1}  # shares of learning_rate
+
+
+def momentum_at(hyper, t):
+    """Returns Muon's momentum in update t = 1, 2, …, float32."""
+    first, middle, last = MOMENTUM
+    left = jnp.clip((hyper["total_steps"] - t) / jnp.maximum(hyper["warmdown_steps"], 1), 0, 1)
+    rising = first + (middle - first) * jnp.minimum(t / 200, 1)
+    return last + (rising - last) * left
 
 
 def by_muon(config, path):
@@ -1040,10 +1075,19 @@ def by_muon(config, path):
     return config.has("muon") and path[-1].key in MATRICES
 
 
+def as_matrix(name, x):
+    """Returns weight `name`, or its gradient, as [inputs, outputs]."""
+    return x.reshape(-1, x.shape[-1]) if name == "o" else x.reshape(x.shape[0], -1)
+
+
 def init_moments(config, params):
-    """Returns the moments before the first update, float32. Muon has no second moment: a scalar stands for it."""
-    nu = jax.tree_util.tree_map_with_path(lambda path, p: jnp.zeros(() if by_muon(config, path) else p.shape), params)
-    return jax.tree.map(jnp.zeros_like, params), nu
+    """Returns the moments before the first update, float32: for Muon's matrices the second is one of rows."""
+
+    def second(path, p):
+        shape = long_axis_moment(as_matrix(path[-1].key, p).shape) if by_muon(config, path) else p.shape
+        return jnp.zeros(shape, jnp.float32)
+
+    return jax.tree.map(jnp.zeros_like, params), jax.tree_util.tree_map_with_path(second, params)
 
 
 def adam_rate(path):
@@ -1052,24 +1096,21 @@ def adam_rate(path):
     return ADAM_RATES["matrix" if name in MATRICES else name if name in ADAM_RATES else "scalar"]
 
 
-def muon_direction(config, name, u):
-    """Returns the orthogonalized update of weight `name`, in the shape of u, float32."""
-    matrix = u.reshape(-1, u.shape[-1]) if name == "o" else u.reshape(u.shape[0], -1)
-    # A sharded matrix is gathered, and orthogonalized on every device: its iterates need all of it.
-    matrix = gather_weights(config, matrix)
-    rows, columns = matrix.shape
-    return (max(1, columns / rows) ** 0.5 * orthogonalize(matrix).astype(jnp.float32)).reshape(u.shape)
-
-
 def update_params(config, state, grads, learning_rate):
     """Returns (params, mu, nu) after one update, all float32; grads may be bfloat16."""
     hyper, t = state.hyper, state.step + 1
-    b1, b2 = hyper["beta1"], hyper["beta2"]
+    b1, b2, momentum = hyper["beta1"], hyper["beta2"], momentum_at(hyper, t)
 
     def muon(path, p, m, n, g):
-        m = MOMENTUM * m + (1 - MOMENTUM) * g
-        direction = muon_direction(config, path[-1].key, MOMENTUM * m + (1 - MOMENTUM) * g)
-        return p - learning_rate * direction, m, n
+        m = momentum * m + (1 - momentum) * g
+        # Nesterov looks ahead. A sharded matrix is gathered, and each device orthogonalizes it: the iterates need it all.
+        u = gather_weights(config, as_matrix(path[-1].key, momentum * m + (1 - momentum) * g))
+        direction = orthogonalize(u).astype(jnp.float32)
+        if config.has("normuon"):
+            direction, n = normalize_rows(direction, n, t)
+        rows, columns = u.shape
+        scale = max(1, columns / rows) ** 0.5
+        return p - learning_rate * scale * direction.reshape(p.shape), m, n
 
     def adamw(path, p, m, n, g):
         m, n = b1 * m + (1 - b1) * g, b2 * n + (1 - b2) * g * g

@@ -35,11 +35,11 @@ def test_exact_counts(recipe):
 
 @pytest.mark.parametrize("value", ["smeer", "smear muon", "smear,backin"])
 def test_a_part_that_is_not_there_is_refused(recipe, value):
-    with pytest.raises(recipe.InputError, match=f"^without='{value}': must be parts of muon, value_embeddings"):
+    with pytest.raises(recipe.InputError, match=f"^without='{value}': must be parts of muon, normuon"):
         recipe.Config(without=value)
 
 
-@pytest.mark.parametrize("without", ["", "muon", "value_embeddings", "smear", "backout"])
+@pytest.mark.parametrize("without", ["", "muon", "normuon", "value_embeddings", "smear", "backout"])
 def test_each_part_can_go(recipe, without):
     """The parts that are left have their parameters, all of which learn, and the loss starts at ln V."""
     config = small_config(recipe, without=without, learning_rate=0.02)
@@ -167,10 +167,11 @@ def test_orthogonalize_beside_the_svd(recipe, shape):
     assert not np.asarray(recipe.orthogonalize(jnp.zeros(shape)), np.float32).any()
 
 
-def test_muon_is_optax_muon(recipe):
+def test_muon_is_optax_muon(recipe, monkeypatch):
     """20 updates against optax.contrib.muon. It needs to be told which axes make the matrix, iterates in the gradient's
     float32, and corrects its momentum for the start, so it begins at a late count."""
-    config = small_config(recipe, weight_decay=0.0, eps=1e-8)
+    config = small_config(recipe, without="normuon")
+    monkeypatch.setattr(recipe, "MOMENTUM", (0.95, 0.95, 0.95))
     state = recipe.init_train_state(config)
     axes = optax.contrib.MuonDimensionNumbers
     dims = {
@@ -188,7 +189,7 @@ def test_muon_is_optax_muon(recipe):
     oracle = optax.contrib.muon(
         0.02,
         ns_coeffs=coefficients,
-        beta=recipe.MOMENTUM,
+        beta=0.95,
         muon_weight_dimension_numbers={n: dims[n] for n in matrices},
     )
     opt_state = oracle.init(matrices)
@@ -239,12 +240,35 @@ def test_the_state_is_no_larger_than_adamws(recipe):
         x.size for path, x in jax.tree_util.tree_leaves_with_path(state.params) if path[-1].key in recipe.MATRICES
     )
     total = sum(x.size for x in jax.tree.leaves(state.params))
-    assert sum(x.size for x in jax.tree.leaves(state.nu)) == total - matrices + 6 * config.depth
+    D, rows = config.n_embd, 0
+    for name, x in state.params["layers"][0].items():
+        rows += max(D, x.size // D) if name in recipe.MATRICES else 0  # its longer axis; D is the other one
+    assert sum(x.size for x in jax.tree.leaves(state.nu)) == total - matrices + rows * config.depth
     state, _ = recipe.train_step(config, state, *batch(config))
     compiled = recipe.train_step._cache_size()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
     recipe.train_step(config, state, *batch(config))
     assert recipe.train_step._cache_size() == compiled
+
+
+def test_momentum_rises_and_falls(recipe):
+    hyper = recipe.hyperparams(recipe.Config.demo().replace(num_iterations=1000, warmdown_ratio=0.4))
+    have = [float(recipe.momentum_at(hyper, t)) for t in (1, 100, 200, 600, 800, 1000)]
+    assert have == pytest.approx([0.8505, 0.90, 0.95, 0.95, 0.925, 0.90])
+
+
+def test_normalize_rows_by_hand(recipe):
+    """Rows of very different sizes become even, the norm of the whole stays; the moment decays as Adam's."""
+    rng, n = np.random.default_rng(0), jnp.zeros((6, 1))
+    moment = np.zeros((6, 1))
+    for t in range(1, 4):
+        x = rng.normal(size=(6, 4)) * np.geomspace(1, 100, 6)[:, None]
+        have, n = recipe.normalize_rows(jnp.asarray(x, jnp.float32), n, t)
+        moment = 0.95 * moment + 0.05 * (x**2).mean(axis=1, keepdims=True)
+        want = x / np.sqrt(moment / (1 - 0.95**t))
+        want *= np.linalg.norm(x) / np.linalg.norm(want)
+        assert differ(have, want) < 1e-6 and differ(n, moment) < 1e-6  # float32
+    assert recipe.long_axis_moment((4, 6)) == (1, 6) and recipe.long_axis_moment((6, 6)) == (6, 1)
 
 
 # ---- the run

@@ -1033,7 +1033,7 @@ SECOND_MOMENT = 0.95  # its decay
 
 
 def long_axis_moment(shape):
-    """Returns the shape of the second moment of a matrix [rows, columns]: a number for each index of its longer axis."""
+    """Returns the shape of the second moment of a matrix [rows, columns]: one for each index of its longer axis."""
     rows, columns = shape
     return (rows, 1) if rows >= columns else (1, columns)
 
@@ -1050,7 +1050,9 @@ def normalize_rows(x, n, t):
 # ### The update
 #
 # Muon's momentum rises from 0.85 to 0.95 in the first 200 steps, when gradients change fast, and falls to 0.90 in the
-# warmdown (modded-nanogpt, nanochat). Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
+# warmdown (modded-nanogpt, nanochat).
+#
+# Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
 # gets a larger step, √(columns / rows), so that all change their outputs alike. AdamW takes the rest: embeddings, whose
 # gradients are rows of a few tokens; the head; scalars and gates. `ADAM_RATES` has their learning rates, as shares of
 # Muon's.
@@ -1103,7 +1105,7 @@ def update_params(config, state, grads, learning_rate):
 
     def muon(path, p, m, n, g):
         m = momentum * m + (1 - momentum) * g
-        # Nesterov looks ahead. A sharded matrix is gathered, and each device orthogonalizes it: the iterates need it all.
+        # Nesterov looks ahead. A sharded matrix is gathered, and each device orthogonalizes all of it.
         u = gather_weights(config, as_matrix(path[-1].key, momentum * m + (1 - momentum) * g))
         direction = orthogonalize(u).astype(jnp.float32)
         if config.has("normuon"):

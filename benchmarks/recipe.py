@@ -3,8 +3,8 @@
     python benchmarks/recipe.py run 02 06 06-muon              # three seeds each; a line of results.jsonl a run
     python benchmarks/recipe.py table                          # the table, and recipe.png: loss against tokens and time
 
-A recipe is `reference` (02's model with the AdamW of the reference: 3e-4, β2 0.95), `02`, `06`, `06-PART` (without a
-part), `06@0.8` (80% of the steps), or a notebook with fields of its Config, `02:learning_rate=1e-3,beta2=0.99`.
+A recipe is `reference` (02's model with the AdamW of the reference: 3e-4, β2 0.95), `02`, `04`, `06`, `06-PART`
+(without a part), `06@0.8` (80% of the steps), or a notebook with fields of its Config, `02:learning_rate=1e-3`.
 
 Shapes: `demo` is the demo (2 layers, T = 256), 800 steps of 2,048 tokens; `deep` has 4 layers and T = 512, 800 steps of
 4,096 tokens. Both are scored on the whole validation shard. Runs that stand in results.jsonl are not run again. A run
@@ -28,20 +28,16 @@ STEPS, CURVE = 800, 20  # steps of a run; a point of its curve is the mean loss 
 
 def parse(recipe):
     """Returns (notebook, changes of its demo, share of the steps). Raises SystemExit for what is no recipe."""
-    match = re.fullmatch(r"(reference|02|06)(?:-([a-z_,]+))?(?::([^@]+))?(?:@([\d.]+))?", recipe)
+    match = re.fullmatch(r"(reference|02|04|06)(?:-([a-z_,]+))?(?::([^@]+))?(?:@([\d.]+))?", recipe)
     if not match or (match[2] and match[1] != "06"):
         raise SystemExit(f"error: recipe {recipe!r}: must be like reference, 02, 06, 06-muon, 06@0.8 or 02:beta2=0.99")
     name, without, fields, share = match.groups()
     changes = {"learning_rate": 3e-4, "beta2": 0.95} if name == "reference" else {"without": without} if without else {}
-    nb = load("06_recipe.py" if name == "06" else "02_train.py")
-    words = [
-        word
-        for pair in (fields or "").split(",")
-        if pair
-        for word in ("--" + pair.split("=", 1)[0], pair.split("=", 1)[1])
-    ]
-    given = nb.parse_args(words, nb.Config.demo())
-    return nb, changes | {word[2:]: getattr(given, word[2:]) for word in words[::2]}, float(share or 1)
+    nb = load({"04": "04_maxtext.py", "06": "06_recipe.py"}.get(name, "02_train.py"))
+    fields = fields.split(",") if fields else []
+    given = nb.parse_args([f"--{field}" for field in fields], nb.Config.demo())
+    changes |= {name: getattr(given, name) for name, _, _ in (field.partition("=") for field in fields)}
+    return nb, changes, float(share or 1)
 
 
 def train(recipe, shape, seed, dataset):

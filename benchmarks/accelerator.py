@@ -128,7 +128,8 @@ def torch_spec(nb, config):
     return keys | dict(
         seq_len=config.seq_len, windows=config.windows, softcap=config.softcap, dtype=config.compute_dtype,
         gate=nb.__name__ == "nb_04_maxtext", batch_shape=list(config.batch_shape), betas=[config.beta1, config.beta2],
-        learning_rate=config.learning_rate, tokens=config.tokens_per_step, flops=nb.flops_per_token(config),
+        learning_rate=config.learning_rate, head_rate=nb.HEAD_RATE, tokens=config.tokens_per_step,
+        flops=nb.flops_per_token(config),
     )  # fmt: skip
 
 

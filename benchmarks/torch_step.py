@@ -104,7 +104,7 @@ def new_params(spec, device):
         }
 
     layers = [layer() for _ in spec["windows"]]
-    return {"embed": weight(V, D, std=0.1), "lm_head": weight(D, V, std=0.001), "layers": layers}
+    return {"embed": weight(V, D, std=0.01), "lm_head": weight(D, V, std=0.001), "layers": layers}
 
 
 def make_step(spec, params, device, compiled=True):
@@ -112,9 +112,12 @@ def make_step(spec, params, device, compiled=True):
     model = Model(spec, device)
     loss_fn = torch.compile(model.loss) if compiled else model.loss
     layers = [w for layer in params["layers"] for w in layer.values()]
-    decayed = [w for w in [*layers, params["lm_head"]] if w.ndim > 1]
     rest = [params["embed"], *(w for w in layers if w.ndim == 0)]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": [w for w in layers if w.ndim > 1], "weight_decay": 0.1},
+        {"params": [params["lm_head"]], "weight_decay": 0.1, "lr": spec["head_rate"] * spec["learning_rate"]},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     betas = tuple(spec["betas"])
     optimizer = torch.optim.AdamW(groups, lr=spec["learning_rate"], betas=betas, eps=1e-8, fused=device == "cuda")
 

@@ -987,7 +987,7 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-# Above its interval a polynomial soars, and rounding to bfloat16 leads there: singular values of 1.4 to 2.6 came out
+# Above its interval a polynomial soars, and rounding to bfloat16 leads there: singular values of up to 2.6 came out
 # where at most 1.13 should. So all but the last polynomial take X / 1.01.
 ROOM = 1.01, 1.01, 1.01, 1.01, 1.0
 
@@ -1005,7 +1005,7 @@ def orthogonalize(x):
     x = (x / (1.01 * norm + 1e-7)).astype(jnp.bfloat16)
     for (a, b, c), room in zip(POLAR_EXPRESS, ROOM, strict=True):
         gram = dot(x, jnp.swapaxes(x, -1, -2)).astype(x.dtype)
-        # The sums are in float32 and rounded once: 1% from exact iterates, and 6 to 12% with sums in bfloat16.
+        # The sums are in float32 and rounded once: 1% from exact iterates, and 6 to 10% with sums in bfloat16.
         q = (b / room**3 * gram.astype(jnp.float32) + c / room**5 * dot(gram, gram)).astype(x.dtype)
         x = (a / room * x.astype(jnp.float32) + dot(q, x)).astype(x.dtype)
     return jnp.swapaxes(x, -1, -2) if tall else x

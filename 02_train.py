@@ -1344,7 +1344,8 @@ if IN_NOTEBOOK:
 # moments, on logged steps only.
 
 
-# %% Norms tags=["shared"]
+# %% Norms cellView="form" tags=["shared"]
+# @title Norms
 @jax.jit
 def state_norms(state):
     """Returns {'param_norm/attn': …, 'update_norm/attn': …}: of each part after a step, and of the update it made."""

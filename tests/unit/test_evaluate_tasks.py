@@ -148,7 +148,7 @@ def test_scores_do_not_depend_on_batch_or_packing(ev, model):
     nb, config, params = model
     items = items_of(ev, config.seq_len)
     scorer = ev.model_scorer(nb, config, params)
-    assert scorer.shared
+    assert scorer.shared == ("06" not in nb.__name__)  # smear mixes tokens outside of attention
     expected = sums(scorer, ev, items)
     plain = scorer._replace(score=lambda rows: ev.score_rows(nb, config, params, rows, False), shared=False)
     backwards = {(len(items) - 1 - i, j): x for (i, j), x in sums(scorer, ev, items[::-1]).items()}

@@ -1270,7 +1270,7 @@ def cast_weights(config, params):
     already cast come back as they are."""
 
     def cast(path, weight):
-        keep = weight.ndim == 0 or part_of(path) == "embed"
+        keep = weight.ndim == 0 or "embed" in path[-1].key
         return weight if keep else weight.astype(config.compute_dtype)
 
     return shard_weights(config, jax.tree_util.tree_map_with_path(cast, params))

@@ -734,7 +734,7 @@ def mlp(layer, x):
 # %% Config
 # Sequences that fit a chip, by device_kind (05_preflight.py).
 DEVICE_BATCH = {"TPU v6 lite": 4, "TPU v5 lite": 2}
-PARTS = "muon", "normuon", "value_embeddings", "smear", "backout"
+PARTS = "muon", "normuon", "value_embeddings", "smear"
 WITHOUT = f"must be parts of {', '.join(PARTS)}, separated by commas", lambda value: {*value.split(",")} <= {"", *PARTS}
 
 
@@ -816,7 +816,6 @@ def init_params(config, key):
     | value_embed               | [V, K, H]              | normal, std 1/√D, as large as what v makes of x     |
     | value_gate                | [32, K]                | zero: the gate is 1                                 |
     | smear_gate, smear_scale   | [32, 1], []            | zero: nothing is smeared at step 0                  |
-    | backout_scale             | []                     | 0.2                                                 |
     """
     V, D, N, K, H, F = config.vocab_size, config.n_embd, config.n_head, config.kv_heads, config.head_dim, config.mlp_dim
     keys = iter(jax.random.split(key, 2 + 5 * config.depth))
@@ -841,8 +840,6 @@ def init_params(config, key):
     params["layers"] = [layer(i) for i in range(config.depth)]
     if config.has("smear"):
         params |= {"smear_gate": jnp.zeros((GATE_WIDTH, 1)), "smear_scale": jnp.zeros(())}
-    if config.has("backout"):
-        params["backout_scale"] = jnp.full((), 0.2)
     return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
@@ -894,29 +891,14 @@ def smear(weights, x, before):
     return (x + weights["smear_scale"] * gate * before).astype(x.dtype)
 
 
-# %% [markdown]
-# ## Backout
-#
-# The last layers predict; what the first ones wrote into the residual stream may be of no more use to the head.
-# *Backout* subtracts a learned share of the stream as it was in the middle
-# ([modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt)).
-
-
 # %% All layers
-def backout(config, weights, x, middle):
-    """Returns x less a share of `middle`, the residual stream after half of the layers; both [B·T, D]."""
-    if "backout_scale" not in weights:
-        return x
-    return (x.astype(jnp.float32) - weights["backout_scale"] * middle.astype(jnp.float32)).astype(x.dtype)
-
-
 def trunk(config, weights, tokens):
     """Returns the residual stream after the last layer, [B·T, D]. tokens: int32 [B, T]."""
     with jax.named_scope("embed"):
         x = embed(config, weights, tokens)
         sequences = x.reshape(*tokens.shape, -1)
         before = jnp.pad(sequences[:, :-1], ((0, 0), (1, 0), (0, 0))).reshape(x.shape)  # zero before the first token
-        x = x0 = middle = constrain(config, smear(weights, x, before), ROWS)
+        x = x0 = constrain(config, smear(weights, x, before), ROWS)
     for i, (layer, window) in enumerate(zip(weights["layers"], config.windows, strict=True)):
         with jax.named_scope(f"layer_{i:02d}"):
             layer = gather_weights(config, layer)
@@ -927,9 +909,7 @@ def trunk(config, weights, tokens):
                 x = x + project_out(layer, attend(config, q, k, v, tokens.shape[1], window))
             with jax.named_scope("mlp"):
                 x = constrain(config, x + mlp(layer, x), ROWS)
-        if i + 1 == config.depth // 2:
-            middle = x
-    return backout(config, weights, x, middle)
+    return x
 
 
 # %% [markdown]
@@ -943,9 +923,9 @@ def decode_token(config, weights, cache, tokens, position):
     cos, sin = (jax.lax.dynamic_slice_in_dim(table, position, 1) for table in rope_tables(T, config.head_dim))
     token, before = tokens[:, position], tokens[:, jnp.maximum(position - 1, 0)]
     before = embed(config, weights, before) * (position > 0)
-    x = x0 = middle = smear(weights, embed(config, weights, token), before)
+    x = x0 = smear(weights, embed(config, weights, token), before)
     s, new_cache = jnp.arange(T), []
-    for i, (layer, window, (keys, values)) in enumerate(zip(weights["layers"], config.windows, cache, strict=True)):
+    for layer, window, (keys, values) in zip(weights["layers"], config.windows, cache, strict=True):
         x = mix_residual(layer, x, x0)
         q, k, v = project_qkv(layer, x)
         v = (v + value_embedding(layer, x, token)).astype(x.dtype)
@@ -962,9 +942,7 @@ def decode_token(config, weights, cache, tokens, position):
         y = jnp.einsum("ngs,nsh->ngh", probs, values).reshape(x.shape[0], -1)
         x = x + project_out(layer, y)
         x = x + mlp(layer, x)
-        if i + 1 == config.depth // 2:
-            middle = x
-    return lm_head(config, weights, backout(config, weights, x, middle)), new_cache
+    return lm_head(config, weights, x), new_cache
 
 
 # %% [markdown]

@@ -41,7 +41,7 @@ def shaken(nb, config, seed=0, head=0.1):
     """Parameters in which no weight is zero or one, so that every part of the model has a say in the logits."""
     rng, params = np.random.default_rng(seed), nb.init_params(config, jax.random.key(seed))
     noise = {"o": 0.1, "down": 0.05, "resid_scale": 0.3, "x0_scale": 0.3, "lm_head": head}
-    noise |= {"value_gate": 0.3, "smear_gate": 0.3, "smear_scale": 1.0, "backout_scale": 0.3}  # of 06
+    noise |= {"value_gate": 0.3, "smear_gate": 0.3, "smear_scale": 1.0}  # of 06
 
     def shake(path, x):
         return x + noise.get(path[-1].key, 0) * jnp.asarray(rng.normal(size=x.shape), jnp.float32)

@@ -27,8 +27,8 @@ def test_exact_counts(recipe):
     """By hand: the demo has a value embedding in the second of two layers, 4.72M parameters, as nanochat's recipe."""
     demo, V, D = recipe.Config.demo(), 4096, 256
     matrices = 2 * 12 * D * D
-    gates = 2 * 2 + 32 * 4 + 32 + 1 + 1  # residual scalars, value gate, smear, backout
-    assert recipe.count_params(demo)["total"] == 3 * V * D + matrices + gates == 4_718_758
+    gates = 2 * 2 + 32 * 4 + 32 + 1  # residual scalars, value gate, smear
+    assert recipe.count_params(demo)["total"] == 3 * V * D + matrices + gates == 4_718_757
     bare = demo.replace(without=",".join(recipe.PARTS))
     assert recipe.count_params(bare)["total"] == 2 * V * D + matrices + 4
 
@@ -39,11 +39,11 @@ def test_a_part_that_is_not_there_is_refused(recipe, value):
         recipe.Config(without=value)
 
 
-@pytest.mark.parametrize("without", ["", "muon", "normuon", "value_embeddings", "smear", "backout"])
+@pytest.mark.parametrize("without", ["", "muon", "normuon", "value_embeddings", "smear"])
 def test_each_part_can_go(recipe, without):
     """The parts that are left have their parameters, all of which learn, and the loss starts at ln V."""
     config = small_config(recipe, without=without, learning_rate=0.02)
-    names = {"value_embeddings": "value_embed", "smear": "smear_scale", "backout": "backout_scale"}
+    names = {"value_embeddings": "value_embed", "smear": "smear_scale"}
     have = {
         path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(recipe.init_params(config, jax.random.key(0)))
     }
@@ -73,7 +73,7 @@ def test_a_token_sees_no_later_one(recipe, model):
     assert float(jnp.abs(a[:, 20:] - b[:, 20:]).max()) > 0.1
 
 
-@pytest.mark.parametrize("weight", ["value_embed", "value_gate", "smear_gate", "smear_scale", "backout_scale"])
+@pytest.mark.parametrize("weight", ["value_embed", "value_gate", "smear_gate", "smear_scale"])
 def test_every_new_weight_has_a_say(recipe, model, weight):
     config, params = model
     tokens, _ = sequences(config)
@@ -97,7 +97,7 @@ def test_smear_by_hand(recipe, model):
 
 
 def test_decoding_gives_the_logits_of_forward(recipe, model):
-    """Token by token, with the cache, in float32: smear, value embeddings and backout are those of the whole pass."""
+    """Token by token, with the cache, in float32: smear and value embeddings are those of the whole pass."""
     config, params = model
     tokens, _ = sequences(config)
     want, decode = recipe.forward(config, params, tokens), jax.jit(recipe.decode_token)
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_the_same_bits(recipe, tmp_path):
 
 def test_the_script(tmp_path):
     settings = dict(n_head=1, device_batch_size=2, eval_tokens=1024, final_eval_tokens=1024, run_dir="run",
-                    num_iterations=4, aspect_ratio=64, without="backout", **QUIET)  # fmt: skip
+                    num_iterations=4, aspect_ratio=64, without="smear", **QUIET)  # fmt: skip
     done = script("06_recipe.py", cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     wrong = script("06_recipe.py", "--without=smeer", cwd=tmp_path)

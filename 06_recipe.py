@@ -27,10 +27,17 @@
 # [02_train.py](https://github.com/tpuchat/tpuchat/blob/main/02_train.py) has a fast step. Here it gets parts that make
 # it learn more from each token. Most were found in public, by the speedruns of
 # [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) and by
-# [nanochat](https://github.com/karpathy/nanochat). Each has a section: the idea, its source, the code, and what the
-# demo loses without it.
+# [nanochat](https://github.com/karpathy/nanochat). Each has a section: idea, source and code. The table says
+# what the demo loses without it, and [docs/recipe.md](https://github.com/tpuchat/tpuchat/blob/main/docs/recipe.md) has
+# the measurements.
 #
-# TABLE
+# | part | is | the demo without it, bits per byte |
+# |---|---|---|
+# | Muon | the update of a matrix, all singular values set to 1 | +0.041 |
+# | its momentum | rises, and falls at the end | +0.011 |
+# | NorMuon | rows of the update made even | +0.004 |
+# | smear | an embedding sees the one before | +0.013 |
+# | value embeddings | a second embedding, for the values of attention | 0.000: published as a gain, not seen here |
 #
 # Press *Run all*: a CPU trains a demo of 4.7M parameters in minutes. What differs from 02_train.py comes first. All
 # cells that are copied from there follow, collapsed. The run is last.
@@ -724,12 +731,11 @@ def mlp(layer, x):
 # ## Config
 #
 # The shapes are those of 02_train.py. One option is new: `without` leaves parts out, to see what each one gives, as in
-# `python 06_recipe.py --without muon,smear`.
+# `python 06_recipe.py --without muon,smear`. β1, β2, ε and `weight_decay` are AdamW's, and `learning_rate` is Muon's.
 #
-# `learning_rate` is Muon's; the rates of AdamW are shares of it. nanochat found 0.02 for steps of 524,288 tokens, and
-# that rates follow the square root of the batch; so 0.01 is the default for the 131,072 tokens of a step here. Muon's
-# arithmetic is the same for any batch, so a small one would pay for it often. The demo's 800 steps of 2,048 tokens are
-# too few for such rules: its best rate was 0.02.
+# nanochat found 0.02 for steps of 524,288 tokens, and that rates follow the square root of the batch. So `for_device`
+# sets it on a TPU or a GPU, for steps of about 131,072 tokens: Muon costs the same for any batch, and in small steps it
+# would take much of the time. The demo's few short steps obey no such rule: 0.02 was its best rate (docs/recipe.md).
 
 # %% Config
 # Sequences that fit a chip, by device_kind (05_preflight.py).
@@ -751,9 +757,7 @@ class Config(BaseConfig):
 
     notebook = "06_recipe.py"  # no field: where a checkpoint's model is defined
     aspect_ratio: int = option(64, "width over depth, D / L", POSITIVE)
-    total_batch_size: int = other_default("total_batch_size", 131_072)
-    learning_rate: float = other_default("learning_rate", 0.01)
-    target_param_data_ratio: float = other_default("target_param_data_ratio", 5.0)  # half of them are value embeddings
+    learning_rate: float = other_default("learning_rate", 0.0025)
     run_dir: str = other_default("run_dir", "runs/recipe")
     without: str = option("", f"parts to leave out, separated by commas: {', '.join(PARTS)}", WITHOUT)
 
@@ -777,12 +781,28 @@ class Config(BaseConfig):
     def mlp_dim(self):  # F
         return 4 * self.n_embd
 
+    @property
+    def total_steps(self):
+        """Optimizer steps of the run. Value embeddings do not count as parameters that ask for tokens."""
+        if self.num_iterations == -1 and self.has("value_embeddings"):
+            return self.replace(without=f"{self.without},value_embeddings").total_steps
+        return super().total_steps
+
+    @classmethod
+    def for_device(cls):
+        """Returns the demo on a CPU; elsewhere steps of about 131,072 tokens, with a rate for them."""
+        config = super().for_device()
+        if config == cls.demo().replace(compute_dtype=config.compute_dtype):
+            return config
+        tokens = max(1, 131_072 // config.tokens_per_pass) * config.tokens_per_pass
+        return config.replace(total_batch_size=tokens, learning_rate=0.02 * (tokens / 2**19) ** 0.5)
+
     @classmethod
     def demo(cls):
         """Returns a model of 4.7M parameters on the embedded corpus: minutes on two CPU cores."""
         return cls(
             n_head=4, head_dim=64, aspect_ratio=128, vocab_size=4096, seq_len=256, device_batch_size=8,
-            total_batch_size=-1, learning_rate=0.02, num_iterations=500, dataset="embedded", num_shards=-1,
+            learning_rate=0.02, num_iterations=500, dataset="embedded", num_shards=-1,
             run_dir="runs/recipe-demo", log_interval=5, eval_interval=100, sample_interval=250, save_interval=250,
             eval_tokens=32_768, final_eval_tokens=-1,
         )  # fmt: skip
@@ -807,8 +827,8 @@ def init_params(config, key):
 
     | weight                    | shape                  | initial value                                       |
     |---------------------------|------------------------|-----------------------------------------------------|
-    | embed                     | [V, D]                 | normal, std 0.02: a norm follows, so a smaller row  |
-    |                           |                        | turns more at the same learning rate                |
+    | embed                     | [V, D]                 | normal, std 0.02: only the direction of a row       |
+    |                           |                        | matters, and Adam's step turns a short row more     |
     | q, k, v, up               | [D, N or K, H], [D, F] | uniform, std 1/√D                                   |
     | o, down                   | [N, H, D], [F, D]      | zero: at step 0 every layer adds nothing            |
     | lm_head                   | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V          |
@@ -877,14 +897,14 @@ def value_embedding(layer, x, tokens):
 # %% [markdown]
 # ## Smear
 #
-# To see the token before, a model needs attention: the first layer of most models has heads that do nothing else.
-# *Smear* gives it away for 33 parameters: the embedding of the token before is added, times a gate
-# ([modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt)).
+# To see the token before, a layer needs attention. *Smear* adds the embedding of the token before, times a gate
+# ([modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt)). It costs 33 parameters. In a packed row the first
+# token of a document sees the last one of another; the gate can tell, because every document starts with BOS.
 
 
 # %% Smear
 def smear(weights, x, before):
-    """Adds to x a part of `before`, the embeddings of the tokens before; both [B·T, D]. Returns x where it is off."""
+    """Returns x plus a gated part of `before`, the embeddings of the tokens before, both [B·T, D]; x without smear."""
     if "smear_gate" not in weights:
         return x
     gate = jax.nn.sigmoid((x[:, :GATE_WIDTH] @ weights["smear_gate"]).astype(jnp.float32))
@@ -948,14 +968,14 @@ def decode_token(config, weights, cache, tokens, position):
 # %% [markdown]
 # ## Muon
 #
-# AdamW scales each number of an update by itself, as if a matrix were a list. [Muon](https://kellerjordan.github.io/posts/muon/)
-# takes the matrix as a whole: of the momentum M = U·S·Vᵀ it keeps the directions, U·Vᵀ, and sets all singular values to
-# 1. A gradient has few large singular values and many small ones; after it all directions learn equally fast.
+# AdamW scales each number of an update by itself, as if a matrix were a list.
+# [Muon](https://kellerjordan.github.io/posts/muon/) takes the matrix as a whole: of the momentum M = U·S·Vᵀ it keeps
+# the directions, U·Vᵀ, and sets all singular values to 1. A gradient has few large singular values and many small ones.
+# Muon gives all directions steps of the same size.
 #
 # An odd polynomial of a matrix, X ← a·X + (b·X·Xᵀ + c·(X·Xᵀ)²)·X, acts on its singular values alone. Five of them,
 # composed, map each value between 0.001 and 1 to nearly 1: only matmuls, in bfloat16. The coefficients are those of
-# [Polar Express](https://arxiv.org/abs/2505.16932): each polynomial is the best for the interval that the ones before
-# leave.
+# [Polar Express](https://arxiv.org/abs/2505.16932): each one is made for the interval that the one before leaves.
 
 # %% Orthogonalize
 POLAR_EXPRESS = (
@@ -966,7 +986,7 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 # Above its interval a polynomial soars, and rounding to bfloat16 leads there: singular values of up to 2.6 came out
-# where at most 1.13 should. So all but the last polynomial take X / 1.01.
+# where at most 1.13 should. So all but the last polynomial take X / 1.01, as in the paper's listing.
 ROOM = 1.01, 1.01, 1.01, 1.01, 1.0
 
 
@@ -1001,27 +1021,26 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ### NorMuon
 #
-# After orthogonalization the directions are even, but rows of the matrix, which belong to neurons, are not: some get
-# larger updates than others in step after step. [NorMuon](https://arxiv.org/abs/2510.05491) keeps a second moment of
-# each row, one number, as Adam does of each weight, and divides by its root. The norm of the whole update stays.
+# After orthogonalization all directions have the same size, but rows and columns have not: some get larger updates than
+# others in step after step. [NorMuon](https://arxiv.org/abs/2510.05491) keeps a second moment, as Adam does of each
+# weight, but one number for each entry of the longer axis, and divides by its root. The norm of the whole update stays.
 
 
 # %% NorMuon
 SECOND_MOMENT = 0.95  # its decay
 
 
-def long_axis_moment(shape):
-    """Returns the shape of the second moment of a matrix [rows, columns]: one for each index of its longer axis."""
-    rows, columns = shape
+def second_moment_shape(rows, columns):
+    """Returns the shape of the second moment of a matrix: a number for each row, or for each column if more."""
     return (rows, 1) if rows >= columns else (1, columns)
 
 
-def normalize_rows(x, n, t):
-    """Returns (the update x [rows, columns] with even rows, the new second moment), float32, at step t = 1, 2, …."""
+def even_out(x, n):
+    """Returns (the update x [rows, columns] with even rows or columns, its new second moment), float32."""
     axis = -1 if n.shape[-1] == 1 else -2
     n = SECOND_MOMENT * n + (1 - SECOND_MOMENT) * jnp.mean(jnp.square(x), axis=axis, keepdims=True)
-    even = x * jax.lax.rsqrt(n / (1 - SECOND_MOMENT**t) + 1e-12)
-    return even * global_norm(x) / (global_norm(even) + 1e-12), n
+    even = x * jax.lax.rsqrt(n + 1e-12)
+    return even * (global_norm(x) / (global_norm(even) + 1e-12)), n  # so n needs no correction for its start
 
 
 # %% [markdown]
@@ -1031,9 +1050,8 @@ def normalize_rows(x, n, t):
 # warmdown (modded-nanogpt, nanochat).
 #
 # Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
-# gets a larger step, √(columns / rows), so that all change their outputs alike. AdamW takes the rest: embeddings, whose
-# gradients are rows of a few tokens; the head; scalars and gates. `ADAM_RATES` has their learning rates, as shares of
-# Muon's.
+# gets a larger step, √(columns / rows), as Muon's author has it. AdamW takes the rest: embeddings, whose gradients are
+# rows of a few tokens; the head; scalars and gates. `ADAM_RATES` has their learning rates, as shares of Muon's.
 
 
 # %% Optimizer
@@ -1061,10 +1079,10 @@ def as_matrix(name, x):
 
 
 def init_moments(config, params):
-    """Returns the moments before the first update, float32: for Muon's matrices the second is one of rows."""
+    """Returns the moments before the first update, float32: for Muon's matrices the second is NorMuon's."""
 
     def second(path, p):
-        shape = long_axis_moment(as_matrix(path[-1].key, p).shape) if by_muon(config, path) else p.shape
+        shape = second_moment_shape(*as_matrix(path[-1].key, p).shape) if by_muon(config, path) else p.shape
         return jnp.zeros(shape, jnp.float32)
 
     return jax.tree.map(jnp.zeros_like, params), jax.tree_util.tree_map_with_path(second, params)
@@ -1087,7 +1105,7 @@ def update_params(config, state, grads, learning_rate):
         u = gather_weights(config, as_matrix(path[-1].key, momentum * m + (1 - momentum) * g))
         direction = orthogonalize(u).astype(jnp.float32)
         if config.has("normuon"):
-            direction, n = normalize_rows(direction, n, t)
+            direction, n = even_out(direction, n)
         rows, columns = u.shape
         scale = max(1, columns / rows) ** 0.5
         return p - learning_rate * scale * direction.reshape(p.shape), m, n

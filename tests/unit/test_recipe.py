@@ -33,6 +33,21 @@ def test_exact_counts(recipe):
     assert recipe.count_params(bare)["total"] == 2 * V * D + matrices + 4
 
 
+def test_value_embeddings_ask_for_no_tokens(recipe):
+    """Ten tokens for each of the other parameters, so that leaving the tables out changes nothing else."""
+    whole, bare = recipe.Config(), recipe.Config(without="value_embeddings")
+    assert whole.total_steps == bare.total_steps == round(10 * recipe.count_params(bare)["total"] / 8192)
+
+
+def test_a_step_on_a_device_has_about_131072_tokens(recipe, monkeypatch):
+    """For any number of devices, with the rate for it; the demo on a CPU stays as it is."""
+    assert recipe.Config.for_device().learning_rate == 0.02
+    monkeypatch.setattr(recipe.BaseConfig, "for_device", classmethod(lambda cls: cls(mesh=(3, 1))))
+    config = recipe.Config.for_device()
+    assert config.tokens_per_step == 5 * 3 * 4 * 2048
+    assert config.learning_rate == pytest.approx(0.02 * (config.tokens_per_step / 2**19) ** 0.5)
+
+
 @pytest.mark.parametrize("value", ["smeer", "smear muon", "smear,backin"])
 def test_a_part_that_is_not_there_is_refused(recipe, value):
     with pytest.raises(recipe.InputError, match=f"^without='{value}': must be parts of muon, normuon"):
@@ -257,18 +272,21 @@ def test_momentum_rises_and_falls(recipe):
     assert have == pytest.approx([0.8505, 0.90, 0.95, 0.95, 0.925, 0.90])
 
 
-def test_normalize_rows_by_hand(recipe):
-    """Rows of very different sizes become even, the norm of the whole stays; the moment decays as Adam's."""
+def test_normuon_by_hand(recipe):
+    """Rows of very different sizes become even, the norm of the whole stays; wide matrices are evened by column."""
     rng, n = np.random.default_rng(0), jnp.zeros((6, 1))
     moment = np.zeros((6, 1))
-    for t in range(1, 4):
+    for _ in range(3):
         x = rng.normal(size=(6, 4)) * np.geomspace(1, 100, 6)[:, None]
-        have, n = recipe.normalize_rows(jnp.asarray(x, jnp.float32), n, t)
+        have, n = recipe.even_out(jnp.asarray(x, jnp.float32), n)
         moment = 0.95 * moment + 0.05 * (x**2).mean(axis=1, keepdims=True)
-        want = x / np.sqrt(moment / (1 - 0.95**t))
+        want = x / np.sqrt(moment)
         want *= np.linalg.norm(x) / np.linalg.norm(want)
         assert differ(have, want) < 1e-6 and differ(n, moment) < 1e-6  # float32
-    assert recipe.long_axis_moment((4, 6)) == (1, 6) and recipe.long_axis_moment((6, 6)) == (6, 1)
+    assert recipe.second_moment_shape(4, 6) == (1, 6) and recipe.second_moment_shape(6, 6) == (6, 1)
+    wide, _ = recipe.even_out(jnp.asarray(x.T, jnp.float32), jnp.zeros((1, 6)))
+    tall, _ = recipe.even_out(jnp.asarray(x, jnp.float32), jnp.zeros((6, 1)))
+    np.testing.assert_allclose(wide, tall.T, rtol=1e-5)
 
 
 # ---- the run

@@ -37,7 +37,7 @@
 # | its momentum | rises, and falls at the end | +0.011 |
 # | NorMuon | rows of the update made even | +0.004 |
 # | smear | an embedding sees the one before | +0.013 |
-# | value embeddings | a second embedding, for the values of attention | 0.000: published as a gain, not seen here |
+# | value embeddings | a second embedding, for the values of attention | 0.000: a gain elsewhere, not seen here |
 #
 # Press *Run all*: a CPU trains a demo of 4.7M parameters in minutes. What differs from 02_train.py comes first. All
 # cells that are copied from there follow, collapsed. The run is last.
@@ -833,7 +833,7 @@ def init_params(config, key):
     | o, down                   | [N, H, D], [F, D]      | zero: at step 0 every layer adds nothing            |
     | lm_head                   | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V          |
     | resid_scale, x0_scale     | []                     | 1 and 0.1                                           |
-    | value_embed               | [V, K, H]              | normal, std 1/√D, as large as what v makes of x     |
+    | value_embed               | [V, K, H]              | normal, std 1/√D                                    |
     | value_gate                | [32, K]                | zero: the gate is 1                                 |
     | smear_gate, smear_scale   | [32, 1], []            | zero: nothing is smeared at step 0                  |
     """
@@ -878,7 +878,8 @@ if IN_NOTEBOOK:
 # value, times a learned gate for each head: `v + 2·sigmoid(gate(x))·table[token]`
 # ([modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) after
 # [value residual learning](https://arxiv.org/abs/2410.17897); gates: nanochat). Every second layer has one. A lookup
-# costs no matmul, but memory: V·K·H parameters a layer.
+# costs no matmul, but memory: V·K·H parameters a layer. The small models here gained nothing from it; they may begin
+# too small (docs/recipe.md).
 
 
 # %% Value embeddings

@@ -249,7 +249,7 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
     reason = {"failure": "heads_per_kv=3: must divide 8"}
     results = {
         "far": ended_run,
-        "best": ("finished", {**suggestion, "learning_rate": 0.002}, {"val_bpb": 1.25}, [(20, 1.25)]),
+        "best": ("finished", {**suggestion, "learning_rate": 0.003}, {"val_bpb": 1.25}, [(20, 1.25)]),
         "bad": ("failed", {**suggestion, "heads_per_kv": 3}, reason, []),
         "dead": ("crashed", suggestion, {"val_bpb": 1.75}, [(10, 1.75)]),
     }
@@ -265,7 +265,7 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
     assert rows[0]["curve"] == [(10, 2.0), (20, 1.5)] and "trial" not in rows[0]
     assert [row["name"] for row in worker.ranked(rows)] == ["best", "far"]
     worker.show_winner(base, rows)
-    assert "learning_rate=0.002" in capsys.readouterr().out
+    assert "learning_rate=0.003" in capsys.readouterr().out
 
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: refused at once

@@ -1340,7 +1340,7 @@ if IN_NOTEBOOK:
 # ### Weight and update norms
 #
 # How large are the weights of each part, and how far did the last step move them? A sudden change of the ratio is the
-# first sign of trouble; in the demo it is 0.01 to 0.02 for attention (measured). The update is recomputed from the
+# first sign of trouble; in the demo it is 0.002 to 0.02 for attention (measured). The update is recomputed from the
 # moments, on logged steps only.
 
 

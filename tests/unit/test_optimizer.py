@@ -117,7 +117,8 @@ def test_train_step_is_optax_on_the_mean_gradient(nb, clip):
         assert float(metrics["learning_rate"]) == pytest.approx(float(rates[step]), rel=1e-6)
         clipped += norm > clip
     assert int(state.step) == 20 and (0 < clipped < 20 or not clip)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-6), state.params, params)
+    # float32; the head moves four times as far as the rest
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1.2e-5), state.params, params)
     assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (params, start)), strict=True))
 
 

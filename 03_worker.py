@@ -793,13 +793,19 @@ def run_trial(base, run, suggestion):
     A suggestion that is no model, a diverging loss, too little memory, and a stop by the sweep are noted as `failure`.
     Any other error is raised as RuntimeError, without the frames that hold arrays on the device.
     """
-    folder, unexpected = Path(base.run_dir) / run.id, None
+    folder, unexpected, thread = Path(base.run_dir) / run.id, None, threading.current_thread()
     row = {"name": run.id, **base_suggestion(base), **suggestion, "val_bpb": None, "failure": ""}
     run.define_metric("*", step_metric="step")
+
+    def report(step, values):
+        run.log({"step": step, **values})
+        if getattr(thread, "_terminated", False):  # by the agent, whose exception jax's cache has caught and dropped
+            raise Exception
+
     try:
         config = trial_config(base, suggestion, run.id)
         run.config.update({"trial": dataclasses.asdict(config)})
-        summary = train(config, report=lambda step, values: run.log({"step": step, **values}))
+        summary = train(config, report)
         row |= {"val_bpb": summary["val_bpb"], "parameters": count_params(config)["total"], "steps": summary["step"]}
         if summary["stopped"]:
             raise KeyboardInterrupt

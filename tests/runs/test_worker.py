@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_a_trial_without_memory_fails_and_frees_the_device(worker, base, monkeyp
     run.finish()
     assert row["val_bpb"] is None and "out of memory: RESOURCE_EXHAUSTED" in row["failure"]
     assert held() <= before + 1000  # the state is 100 times that
+
+
+def test_a_stop_that_was_swallowed_is_seen_at_the_next_line_of_the_log(worker, base, monkeypatch):
+    """wandb.agent raises an Exception wherever the trial is; jax's compilation cache turns it into a warning."""
+    monkeypatch.setattr(threading.current_thread(), "_terminated", True, raising=False)
+    run = worker.wandb.init(mode="offline", dir=base.run_dir, reinit="finish_previous")
+    row = worker.run_trial(base, run, worker.base_suggestion(base))
+    run.finish()
+    assert (row["val_bpb"], row["failure"]) == (None, "stopped by the sweep")
 
 
 def test_a_value_that_cannot_be_is_refused_in_a_line(worker, base, tmp_path):

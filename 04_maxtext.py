@@ -1323,6 +1323,13 @@ def scheduled_lr(hyper, step):
     return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
 
 
+# %% Adam cellView="form" tags=["shared"]
+# @title Adam
+def adam_direction(hyper, t, mu, nu):
+    """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
+    return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
+
+
 # %% Optimizer cellView="form" tags=["shared"]
 # @title Optimizer
 HEAD_RATE = 4  # the head's learning rate over config.learning_rate
@@ -1331,11 +1338,6 @@ HEAD_RATE = 4  # the head's learning rate over config.learning_rate
 def rate_share(path):
     """Returns the learning rate of a parameter over config.learning_rate."""
     return HEAD_RATE if path[-1].key == "lm_head" else 1
-
-
-def adam_direction(hyper, t, mu, nu):
-    """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
-    return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
 
 
 def is_decayed(path, p):

@@ -1115,7 +1115,7 @@ def update_params(config, state, grads, learning_rate):
 
     def adamw(path, p, m, n, g):
         m, n = b1 * m + (1 - b1) * g, b2 * n + (1 - b2) * g * g
-        direction = (m / (1 - b1**t)) / (jnp.sqrt(n / (1 - b2**t)) + hyper["eps"])
+        direction = adam_direction(hyper, t, m, n)
         decay = hyper["weight_decay"] if path[-1].key in (*MATRICES, "lm_head") else 0
         return p - adam_rate(path) * learning_rate * (direction + decay * p), m, n
 
@@ -1363,6 +1363,13 @@ def scheduled_lr(hyper, step):
     down = (hyper["total_steps"] - step) / jnp.maximum(hyper["warmdown_steps"], 1)
     frac = hyper["final_lr_frac"]
     return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
+
+
+# %% Adam cellView="form" tags=["shared"]
+# @title Adam
+def adam_direction(hyper, t, mu, nu):
+    """Returns Adam's bias-corrected update, before the learning rate, from the moments after update t = 1, 2, …."""
+    return (mu / (1 - hyper["beta1"] ** t)) / (jnp.sqrt(nu / (1 - hyper["beta2"] ** t)) + hyper["eps"])
 
 
 # %% Train state cellView="form" tags=["shared"]

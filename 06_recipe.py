@@ -224,6 +224,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import types
 
 import jax
@@ -395,6 +396,7 @@ LETTERS = (
 PROJECT = r"must not hold one of /\\#?%:", lambda value: not set(value) & {*r"/\\#?%:"}
 SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", lambda value: 0 < value <= 70
 AUTO = "must not be negative, or -1 for the default rule", lambda value: value >= -1
+LENGTHS = "num_iterations", "hours", "credits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,6 +438,8 @@ class BaseConfig:
     final_lr_frac: float = free(0.0, "learning rate after the last step, over the peak", SHARE)
     num_iterations: int = free(-1, "optimizer steps; -1 = by target_param_data_ratio", POSITIVE_OR_AUTO)
     target_param_data_ratio: float = free(10.0, "training tokens for each parameter", POSITIVE)
+    hours: float = free(0.0, "time of the run, which then decides how many steps it has; 0 = no limit", NOT_NEGATIVE)
+    credits: float = free(0.0, "price of the run, Colab's compute units, in place of hours; 0 = no limit", NOT_NEGATIVE)
 
     # Data and run: the host's
     dataset: str = free(FINEWEB, "'embedded', a file or folder of text, or a dataset of the Hub, owner/name")
@@ -540,6 +544,9 @@ class BaseConfig:
         for name in changes:
             if name not in known:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
+        lengths = [name for name in LENGTHS if changes.get(name, 0) > 0 and changes[name] != getattr(self, name)]
+        if len(lengths) > 1:
+            require(False, lengths[0], changes[lengths[0]], f"{lengths[1]} sets the length of the run, too; give one")
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -835,7 +842,7 @@ def init_params(config, key):
     | o, down                   | [N, H, D], [F, D]      | zero: at step 0 every layer adds nothing            |
     | lm_head                   | [D, V]                 | normal, std 0.001: logits ≈ 0, loss ≈ ln V          |
     | resid_scale, x0_scale     | []                     | 1 and 0.1                                           |
-    | value_embed               | [V, K, H]              | normal, std 1/√D                                    |
+    | value_embed               | [V, K, H]              | normal, std 1: that of the values                   |
     | value_gate                | [32, K]                | zero: the gate is 1                                 |
     | smear_gate, smear_scale   | [32, 1], []            | zero: nothing is smeared at step 0                  |
     """
@@ -855,7 +862,7 @@ def init_params(config, key):
             "up": uniform(D, F), "down": jnp.zeros((F, D)), "resid_scale": jnp.ones(()), "x0_scale": jnp.full((), 0.1),
         }  # fmt: skip
         if has_value_embedding(config, i):
-            weights |= {"value_embed": normal(D**-0.5, V, K, H), "value_gate": jnp.zeros((GATE_WIDTH, K))}
+            weights |= {"value_embed": normal(1.0, V, K, H), "value_gate": jnp.zeros((GATE_WIDTH, K))}
         return weights
 
     params = {"embed": normal(0.02, V, D), "lm_head": normal(0.001, D, V)}
@@ -1060,7 +1067,7 @@ def even_out(x, n):
 # %% Optimizer
 MOMENTUM = 0.85, 0.95, 0.90  # of Muon: at the start, after 200 steps, and at the end
 MATRICES = "q", "k", "v", "o", "up", "down"
-ADAM_RATES = {"embed": 0.2, "value_embed": 0.2, "lm_head": 0.2, "scalar": 0.2, "matrix": 0.1}  # shares of learning_rate
+ADAM_RATES = {"embed": 0.2, "value_embed": 0.8, "lm_head": 0.2, "scalar": 0.2, "matrix": 0.1}  # shares of learning_rate
 
 
 def momentum_at(hyper, t):
@@ -1809,7 +1816,10 @@ def due(step, interval):
 def work_after(config, done):
     """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
     intervals = config.eval_interval, config.sample_interval, config.save_interval
-    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
+    total = config.total_steps
+    if (config.hours or config.credits) and done == total - round(config.warmdown_ratio * total) < total:
+        return [*WORK]
+    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == total]
 
 
 def train(config, report=None):
@@ -1821,7 +1831,7 @@ def train(config, report=None):
     """
     with Training(config, report) as run:
         run.work()  # what the run that is resumed has left undone after its last step
-        for step in range(run.first_step, run.config.total_steps):
+        for step in run.steps():
             run.trace(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 tokens, targets = run.next_batch(step)
@@ -3122,12 +3132,12 @@ def drop_old_checkpoints(final, keep, busy=lambda: None):
             shutil.rmtree(rest, ignore_errors=True)
 
 
-WORK = "evaluate", "sample", "save"  # what train does between steps
+WORK = "evaluate", "sample", "save", "move_end"  # what train does between steps
 NUMBER, NOTHING = (int, float), type(None)
 META = {  # what meta.json holds, and of which types
     "step": int, "notebook": str, "config": dict, "files": dict, "tokens_per_step": int, "finished": bool,
     "todo": list, "data": dict, "best": (dict, NOTHING), "val_loss": (*NUMBER, NOTHING), "loader": (dict, NOTHING),
-    "wandb": (str, NOTHING),
+    "wandb": (str, NOTHING), "plan": (dict, NOTHING), "spent": NUMBER,
 }  # fmt: skip
 
 
@@ -3205,7 +3215,7 @@ class Checkpointer:
     def __init__(self, config, run, say=print):
         self.config, self.run, self.say, self.step, self.newest, self.copied = config, run, say, None, None, None
         self.writing = self.copying = in_background(lambda: None)
-        self.lock, self.source = threading.Lock(), None
+        self.lock, self.source, self.seconds = threading.Lock(), None, 0.0  # that the last one took to write
 
     def save(self, state, **meta):
         """Waits for the copy of the state to the host, not for the disk. What is being written goes on beside it."""
@@ -3217,7 +3227,9 @@ class Checkpointer:
     def write(self, arrays, logs, meta):
         if sys.platform == "linux":  # there a thread has a priority of its own: the training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        started = time.perf_counter()
         path = write_checkpoint(self.run, self.config, arrays, logs, meta, lambda: self.source)
+        self.seconds = time.perf_counter() - started
         self.newest = max(path, self.newest or path)  # one that a stop has overtaken ends later
         if self.config.backup and self.copying.done():
             self.copying = in_background(self.back_up)
@@ -3686,6 +3698,37 @@ def show_rates(tokens_per_second, mfu):
     return f"{rate} tok/s, MFU {'n/a' if mfu is None else f'{mfu:.1%}'}"
 
 
+# %% Time and price cellView="form" tags=["shared"]
+# @title Time and price
+UNITS = {"TPU v6 lite": 3.71}  # Colab's compute units an hour, by device_kind, as Colab showed them
+UNIT_DOLLARS = 50 / 600  # Colab Pro+: 600 units for $50 a month
+
+
+def budget_seconds(config):
+    """Returns the seconds that a run may take, 0 without a budget. Raises InputError for a device without a price."""
+    kind = jax.devices()[0].device_kind
+    rule = f"nobody has noted what an hour of a {kind!r} costs; give hours, or add it to UNITS"
+    require(not config.credits or kind in UNITS, "credits", config.credits, rule)
+    return 3600 * (config.credits / UNITS[kind] if config.credits else config.hours)
+
+
+def seconds_per_step(config):
+    """Returns the seconds of a training step without its compilation. The steps train a state that is dropped."""
+    state, seconds = init_train_state(config), []
+    batch = put(config, (np.zeros(config.batch_shape, np.int32),) * 2, None, ROWS)
+    while len(seconds) < 4 or len(seconds) < 24 and sum(seconds[1:]) < 4:  # the first one compiles
+        started = time.perf_counter()
+        state, _ = train_step(config, state, *batch)
+        jax.block_until_ready(state.step)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def agreed(number):
+    """Returns an integer, that of the first process on all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)) if jax.process_count() > 1 else number)
+
+
 # %% Training cellView="form" tags=["shared"]
 # @title Training
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
@@ -3742,8 +3785,8 @@ class Training:
     def __init__(self, config, report=None):
         self.config, self.report, self.started = config, report, time.perf_counter()
         self.waiting = self.stepping = self.rescuing = self.finished = self.lost = False
-        self.asked, self.todo, self.validated = [], [], {}
-        self.taken = self.batches = self.summary = None
+        self.asked, self.todo, self.validated, self.took = [], [], {}, {}
+        self.taken = self.batches = self.last_batches = self.summary = None
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -3765,6 +3808,7 @@ class Training:
         """Prints the machine, and finds shards and tokenizer."""
         config, backend = self.config, jax.default_backend()
         device_mesh(config)  # raises if there are too few devices
+        self.budget = budget_seconds(config)
         here = backend == "tpu" or config.attn_impl not in ("splash", "pallas", "fused")
         require(here, "attn_impl", config.attn_impl, f"needs a TPU, and this is a {backend}; leave it at auto")
         if not self.report:  # a search has printed it once
@@ -3790,7 +3834,15 @@ class Training:
         self.resumed = checkpoint
         stack.enter_context(lock)
         self.state, self.meta = load_checkpoint(checkpoint, config) if checkpoint else (None, {"step": 0})
-        self.config = config = keep_step_size(config, self.meta)
+        self.config = self.given = config = keep_step_size(config, self.meta)
+        self.before = self.meta.get("spent", 0.0)
+        with contextlib.suppress(InputError, AttributeError):  # steps that a kill has lost took time, too
+            self.before = max([self.before, *(line.get("seconds", 0.0) for line in read_metrics(self.run))])
+        self.plan = self.meta.get("plan")
+        if self.budget:
+            if not self.plan:
+                self.first_plan()
+            self.config = config = config.replace(**self.plan["length"])
         self.state = self.state or init_train_state(config)
         self.state = self.state._replace(hyper=put(config, hyperparams(config)))  # it counts steps of the kept size
         for name in self.meta.get("files", ()) if is_first() else ():
@@ -3810,7 +3862,7 @@ class Training:
         if first:
             self.loader.load_state_dict(self.meta.get("loader"))
         self.log = log = RunLog(config, run, first, {}, self.report)
-        self.saver = Checkpointer(config, run, log.say)
+        self.saver = Checkpointer(self.given, run, log.say)
         self.wandb = open_wandb(config, run, self.meta.get("wandb")) if is_first() else None
         watchers = stack.enter_context(contextlib.ExitStack())
         stack.push(lambda kind, *_: self.close_log(watchers, failed=kind is not None))
@@ -3926,6 +3978,11 @@ class Training:
                 else:
                     self.profile.close()
 
+    def steps(self):
+        """Yields the steps that are left; the last one may move."""
+        while self.log.done < self.config.total_steps:
+            yield self.log.done
+
     def next_batch(self, step):
         """Returns (tokens, targets) of a step."""
         self.taken = step, self.loader.position
@@ -3939,7 +3996,7 @@ class Training:
         self.stepping = False
         if due(step, self.config.log_interval):
             with self.log.watching("norms"):
-                metrics |= state_norms(self.state)
+                metrics |= state_norms(self.state) | {"seconds": self.spent()}
         if step == self.first_step:
             jax.block_until_ready(self.state.step)
             seconds = time.perf_counter() - self.started
@@ -3950,26 +4007,34 @@ class Training:
         batch += f"to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
         self.log.train_step(step, metrics, batch, self.loader.wait_seconds)
         self.saver.check()
+        if step == self.first_step > 0 and self.budget and "warmdown_ratio" in self.plan["length"]:
+            self.set_end()  # the break has cost time, too
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.log.done):
             self.asked.append("SIGTERM")
         while self.todo:
+            started = time.perf_counter()
             getattr(self, self.todo[0])()
+            self.took[self.todo[0]] = time.perf_counter() - started
             self.todo = self.todo[1:]
         if self.asked and not self.finished:
             self.stop()
+
+    def read_batches(self, amount):
+        """Returns the batches of so many validation tokens."""
+        if self.validation.done() and self.validation.exception():
+            self.validation = in_background(self.fetch_validation)  # a second chance
+        return validation_batches(self.config, self.tokenizer, self.validation.result(), amount)
 
     def evaluate(self):
         """Evaluates on the validation shard, the last time on more of it."""
         done, last = self.log.done, self.log.done == self.config.total_steps
         with self.log.paused(self.state, "evaluation"), self.interruptible():
             if last or not self.batches:
-                if self.validation.done() and self.validation.exception():
-                    self.validation = in_background(self.fetch_validation)  # a second chance
                 amount = self.config.final_eval_tokens if last else self.config.eval_tokens
-                self.batches = validation_batches(self.config, self.tokenizer, self.validation.result(), amount)
+                self.batches = last and self.last_batches or self.read_batches(amount)
             self.validated = evaluate(self.config, self.state.params, self.batches) | {"step": done}
         loss, bpb = self.validated["loss"], self.validated["bpb"]
         if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
@@ -3990,6 +4055,53 @@ class Training:
                 self.log.say(f"sample: {texts[0]!r}", self.log.done)
             self.log.write(self.log.done, samples=texts)
 
+    def spent(self):
+        """Returns the seconds of the run, those of earlier sessions included."""
+        return self.before + time.perf_counter() - self.started
+
+    def first_plan(self):
+        """Sets how many steps the budget pays, from the speed of a few; an evaluated token costs a third of one."""
+        config, pace = self.config, seconds_per_step(self.config)
+        third = pace / 3 / config.tokens_per_step
+        last = third * max(config.final_eval_tokens, config.eval_tokens)
+        every = pace + (third * config.eval_tokens / config.eval_interval if config.eval_interval else 0)
+        steps, name = agreed((self.budget - self.spent() - last) / every), "credits" if config.credits else "hours"
+        spent, rest = f"to start took {self.spent():.0f} s", f"20 steps and an evaluation take {20 * every + last:.0f}"
+        require(steps >= 20, name, getattr(config, name), f"{spent}, and {rest}; give more than {self.budget:.0f} s")
+        print(f"budget  {self.budget:.0f} s, for {steps:,} steps of {1e3 * pace:.1f} ms and all else", flush=True)
+        self.plan = {"every": every, "last": last, "length": {"num_iterations": steps}}
+
+    def move_end(self):
+        """Begins the warmdown. Sets the last step by what steps, evaluations, samples and checkpoints have taken."""
+        log, config, took = self.log, self.config, self.took
+        if "warmdown_ratio" in self.plan["length"]:
+            return
+        with log.paused(self.state, "planning"), self.interruptible():
+            self.saver.writing.result()
+            self.last_batches = self.read_batches(config.final_eval_tokens)
+            some, started = self.last_batches[:32], time.perf_counter()
+            evaluate(config, self.state.params, some)
+            last = (time.perf_counter() - started) * len(self.last_batches) / len(some)
+        if log.steps:  # else it was resumed just here
+            intervals = zip(WORK, (config.eval_interval, config.sample_interval, config.save_interval))
+            every = log.seconds / log.steps + sum(took[name] / interval for name, interval in intervals if interval)
+            self.plan |= {"every": every, "last": last + took["sample"] + took["save"] + self.saver.seconds}
+        self.set_end()
+
+    def set_end(self):
+        """Sets the last step by the time that is left. The learning rate falls from where it is to its end."""
+        log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
+        if done == total:
+            return
+        left = max(1, agreed((0.995 * self.budget - self.spent() - self.plan["last"]) / self.plan["every"]))
+        share = min(1, (total - done) / max(1, round(config.warmdown_ratio * total)))  # of the warmdown, still to come
+        ratio = min(left / share / (done + left), 1 - config.warmup_ratio)
+        self.plan["length"] = {"num_iterations": done + left, "warmdown_ratio": ratio}
+        self.config = config.replace(**self.plan["length"])
+        self.state = self.state._replace(hyper=put(self.config, hyperparams(self.config)))
+        log.total = log.bar.total = done + left
+        log.say(f"{left:,} steps fit what is left of {self.budget:.0f} s; before, {total - done:,} were planned", done)
+
     def save(self):
         """Saves a checkpoint in the background, after the one before."""
         with self.interruptible():
@@ -3999,9 +4111,10 @@ class Training:
     def write_state(self):
         """Starts to write a checkpoint of the state. `todo`: what was due after the last step, and is not done."""
         with self.log.paused(self.state, "saving"):
-            todo = [] if self.todo in ([], ["save"]) else self.todo
+            todo = self.todo[1:] if self.todo[:1] == ["save"] else self.todo
             self.finished = self.log.done == self.config.total_steps and not todo
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
+            meta |= {"spent": self.spent(), "plan": self.plan}
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
             name = self.wandb and self.wandb.id
@@ -4034,7 +4147,7 @@ class Training:
             "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
             **log.rates(log.steps, log.seconds), "seconds": seconds,
             "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": self.loader.wait_seconds,
-            "peak_memory": peak_memory(), "run_dir": str(self.run),
+            "peak_memory": peak_memory(), "run_dir": str(self.run), "budget": self.budget, "spent": self.spent(),
         }  # fmt: skip
 
 
@@ -4148,6 +4261,10 @@ def show_summary(summary):
     print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
     print(f"time    {datetime.timedelta(seconds=round(summary['seconds']))} in all; seconds: {times}")
     print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
+    hours, units = summary["spent"] / 3600, UNITS.get(jax.devices()[0].device_kind)
+    of = f" of {summary['budget'] / 3600:.3f}" if summary["budget"] else ""
+    price = f", {units * hours:.2f} credits, ${units * UNIT_DOLLARS * hours:.2f}" if units else ""
+    print(f"cost    {hours:.3f}{of} hours{price}")
     print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
     print(f"files   {summary['run_dir']}: {files}")
 

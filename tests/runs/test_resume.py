@@ -51,7 +51,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(nb, finished, tmp_path, c
 
 DAMAGE = [
     '"config": []', '"data": []', '"step": 12.0', '"todo": ["rm"]', '"todo": 5', '"best": "abc"',
-    '"best": {"step": 3}', '"loader": 3', '"tokens_per_step": "256"', '"val_loss": "x"',
+    '"best": {"step": 3}', '"loader": 3', '"plan": 3', '"spent": "x"', '"tokens_per_step": "256"', '"val_loss": "x"',
 ]  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""A run with a budget: how long it becomes, and that it stays whole. How near it ends: benchmarks/budget.py."""
+
+import itertools
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import TINY, one_line, saved_steps, script, started, tiny
+
+STEP = 0.25  # seconds of a step, by the clock of these tests
+
+
+@pytest.fixture
+def budgeted(nb, monkeypatch):
+    """A clock on which a step takes STEP seconds, and nothing else takes any."""
+    monkeypatch.setattr(nb, "seconds_per_step", lambda config: STEP)
+    monkeypatch.setattr(
+        nb.Training,
+        "spent",
+        lambda run: run.before + STEP * (run.log.done - run.first_step if hasattr(run, "log") else 0),
+    )
+
+    def train(folder, budget, pace=STEP, **changes):
+        def slower(run):
+            run.took = dict.fromkeys(nb.WORK, 0.0)
+            run.log.seconds, run.saver.seconds = run.log.steps * pace, 0.0
+            move_end(run)
+
+        monkeypatch.setattr(nb.Training, "move_end", slower)
+        config = tiny(nb, folder, log_interval=1, eval_interval=0, sample_interval=0, save_interval=0, **changes)
+        return nb.train(config.replace(hours=budget / 3600))
+
+    move_end = nb.Training.move_end
+    return train
+
+
+def rates(run):
+    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+    return [line["learning_rate"] for line in lines if "learning_rate" in line]
+
+
+def test_a_run_is_as_long_as_its_budget(nb, budgeted, tmp_path):
+    """And as the same number of steps: the last step, the evaluation, the samples and the checkpoint are there."""
+    before = nb.train_step._cache_size()
+    summary = budgeted(tmp_path / "a", 20)
+    steps = summary["step"]
+    assert 0.9 * 20 / STEP <= steps <= 20 / STEP and summary["finished"]
+    assert saved_steps(tmp_path / "a")[-1] == steps and summary["val_bpb"] and summary["budget"] == 20
+    values = rates(tmp_path / "a")
+    peak = max(values)
+    falling = [peak - value for value in values[values.index(peak) + steps // 3 :]]
+    assert len(values) == steps and sum(value < peak for value in values[5:]) == pytest.approx(steps / 2, abs=2)
+    assert min(values[10:]) == values[-1] < 0.1 * peak and falling == sorted(falling)
+    assert nb.train_step._cache_size() <= before + 1
+
+
+@pytest.mark.parametrize("pace", [STEP / 2, 2 * STEP])
+def test_the_end_is_moved_once_when_the_warmdown_begins(budgeted, tmp_path, capsys, pace):
+    """A machine that turns out twice as fast does twice as many of the later steps, one half as fast half of them."""
+    summary = budgeted(tmp_path / "a", 20, pace=pace)
+    moved = re.findall(
+        r"step +(\d+)/(\d+)  (\d+) steps fit what is left of 20 s; before, (\d+) were planned", capsys.readouterr().out
+    )
+    assert len(moved) == 1
+    done, total, left, _ = map(int, moved[0])
+    assert summary["step"] == total == done + left
+    assert 0.85 < left * pace / (0.995 * 20 - done * STEP) <= 1
+    values = rates(tmp_path / "a")
+    assert values[done] == max(values) > values[done + 1] and len({*values[10 : done + 1]}) == 1
+    slopes = [a - b for a, b in itertools.pairwise(values[done:])]
+    assert slopes == pytest.approx([max(values) / left] * (left - 1), rel=1e-3)
+
+
+def test_a_run_that_is_killed_in_its_warmdown_ends_on_time(tmp_path):
+    """What the break and the lost steps took is missing at the end, and the learning rate falls from where it was."""
+    settings = TINY | dict(hours=16 / 3600, log_interval=5, eval_interval=0, sample_interval=0, save_interval=200)
+    del settings["num_iterations"]
+    process = started("02_train.py", cwd=tmp_path, run_dir="run", **settings)
+    read_until_moved(process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run, newest = tmp_path / "run", saved_steps(tmp_path / "run")[-1]
+    lost = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    done = script("02_train.py", cwd=tmp_path, run_dir="run", **settings)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {newest}" in done.stdout and "steps fit what is left" in done.stdout
+    meta = json.loads((run / "checkpoints" / f"step_{saved_steps(run)[-1]:08d}" / "meta.json").read_text())
+    assert meta["finished"] and meta["spent"] > lost["seconds"]
+    assert meta["step"] == meta["plan"]["length"]["num_iterations"]
+    values = rates(run)
+    jumps = [a - b for a, b in itertools.pairwise(values[newest // 5 - 1 :])]
+    assert 0 <= min(jumps) and max(jumps) < 0.1 * max(values) and values[-1] < 0.1 * max(values)
+
+
+def read_until_moved(process):
+    for line in process.stdout:
+        if "steps fit what is left" in line:
+            return process.stdout.readline()  # 20 lines of the log make a run
+
+
+def test_what_cannot_be_is_refused_in_a_line(nb, tmp_path):
+    wrong = {
+        ("--hours=1", "--num_iterations=7"): "num_iterations=7: hours sets the length of the run, too; give one",
+        ("--hours=1", "--credits=1"): "hours=1.0: credits sets the length of the run, too; give one",
+        ("--hours=-1",): "hours=-1.0: must not be negative",
+        ("--credits=1",): "credits=1.0: nobody has noted what an hour of a 'cpu' costs; give hours",
+        ("--hours=0.0001",): "hours=0.0001: to start took ",
+    }
+    for words, message in wrong.items():
+        done = script("02_train.py", *words, "--run_dir=run", cwd=tmp_path)
+        assert done.returncode == 2 and one_line(done.stderr.strip(), "error: ", message), done
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+    config = nb.Config.demo().replace(hours=2)  # the demo's own number of steps is no conflict
+    assert config.replace(hours=2, seed=1).hours == 2

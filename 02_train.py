@@ -4291,9 +4291,9 @@ def show_summary(summary):
     print(f"time    {datetime.timedelta(seconds=round(summary['seconds']))} in all; seconds: {times}")
     print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
     hours, units = summary["spent"] / 3600, UNITS.get(jax.devices()[0].device_kind)
-    of = f" of {summary['budget'] / 3600:.3f}" if summary["budget"] else ""
+    of = f" of {summary['budget'] / 3600:.4f}" if summary["budget"] else ""
     price = f", {units * hours:.2f} credits, ${units * UNIT_DOLLARS * hours:.2f}" if units else ""
-    print(f"cost    {hours:.3f}{of} hours{price}")
+    print(f"cost    {hours:.4f}{of} hours{price}")
     print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
     print(f"files   {summary['run_dir']}: {files}")
 

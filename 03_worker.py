@@ -651,6 +651,11 @@ class SearchConfig(Config):
     runs: int = host(40, "most trials of a sweep that is created here, of all workers together", POSITIVE)
     trials: int = host(4, "trials of a search without an account", POSITIVE)
 
+    def __post_init__(self):
+        super().__post_init__()
+        rule = "a search compares trials of equal FLOPs; give num_iterations"
+        require(not self.hours and not self.credits, "hours or credits", self.hours or self.credits, rule)
+
 
 def base_config():
     """Returns the base on this device: a trial takes minutes on a TPU or GPU, and seconds on a CPU."""
@@ -4416,9 +4421,9 @@ def show_summary(summary):
     print(f"time    {datetime.timedelta(seconds=round(summary['seconds']))} in all; seconds: {times}")
     print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
     hours, units = summary["spent"] / 3600, UNITS.get(jax.devices()[0].device_kind)
-    of = f" of {summary['budget'] / 3600:.3f}" if summary["budget"] else ""
+    of = f" of {summary['budget'] / 3600:.4f}" if summary["budget"] else ""
     price = f", {units * hours:.2f} credits, ${units * UNIT_DOLLARS * hours:.2f}" if units else ""
-    print(f"cost    {hours:.3f}{of} hours{price}")
+    print(f"cost    {hours:.4f}{of} hours{price}")
     print(f"memory  {summary['peak_memory'] / 2**30:.2f} GiB at its peak")
     print(f"files   {summary['run_dir']}: {files}")
 

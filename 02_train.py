@@ -4357,7 +4357,7 @@ def one_line_errors():
 # script, every field is an option: `python 02_train.py --n_head 4 --num_iterations 200`.
 
 # %% Parameters tags=["parameters", "run"]
-CHANGES = {}  # fields of Config, such as {"num_iterations": 1000, "dataset": "my_folder"}
+CHANGES = {}  # fields of Config, such as {"hours": 3.0, "dataset": "my_folder"}
 
 # %% Configure tags=["run"]
 with one_line_errors():

@@ -2,9 +2,9 @@
 
     python benchmarks/budget.py --runs 20            # 70 minutes; a line a run, and the table of errors at the end
 
-Each run has 2 to 5 minutes. Every third is killed (SIGKILL) at a random moment and started again 10 seconds later, which
-do not count. Beside every other one a process keeps a core busy, from a random moment on. The error is that of the
-seconds that 02 counts: those of the run, its start, its last evaluation and its last checkpoint included.
+Each run has 2 to 5 minutes. Every third is killed (SIGKILL) at a random moment and started again 10 seconds later; the
+break does not count. Beside every other one a process keeps a core busy, from a random moment on. The error is that of
+02's own seconds, from the start of train to the last checkpoint.
 """
 
 import argparse

@@ -366,8 +366,8 @@ def suggest(name, known):
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-# %% What the kernels can take cellView="form" tags=["shared"]
-# @title What the kernels can take
+# %% Checks of options cellView="form" tags=["shared"]
+# @title Checks of options
 def check_block_size(block_size, seq_len):
     """Raises InputError unless the TPU kernels can tile a sequence of `seq_len` by `block_size`."""
     require(seq_len % 128 == 0, "seq_len", seq_len, "must be a multiple of 128 for the splash and pallas kernels")
@@ -387,6 +387,14 @@ def cuda_capability(device):
 def fits_vmem(T, H):
     """Whether the fused kernel can take sequences of T tokens and heads of H: whole ones must fit the chip's VMEM."""
     return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
+
+
+def check_length(config, changes):
+    """Raises an InputError if changes of a Config set the length of the run twice."""
+    names = "num_iterations", "hours", "credits"
+    given = [name for name in names if changes.get(name, 0) > 0 and changes[name] != getattr(config, name)]
+    if len(given) > 1:
+        require(False, given[0], changes[given[0]], f"{given[1]} sets the length of the run, too; give one")
 
 
 def check_attention(config):
@@ -414,7 +422,6 @@ LETTERS = (
 PROJECT = r"must not hold one of /\\#?%:", lambda value: not set(value) & {*r"/\\#?%:"}
 SOFTCAP = "must be positive and at most 70: the loss takes exp of the logits", lambda value: 0 < value <= 70
 AUTO = "must not be negative, or -1 for the default rule", lambda value: value >= -1
-LENGTHS = "num_iterations", "hours", "credits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -562,9 +569,7 @@ class BaseConfig:
         for name in changes:
             if name not in known:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
-        lengths = [name for name in LENGTHS if changes.get(name, 0) > 0 and changes[name] != getattr(self, name)]
-        if len(lengths) > 1:
-            require(False, lengths[0], changes[lengths[0]], f"{lengths[1]} sets the length of the run, too; give one")
+        check_length(self, changes)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -1785,15 +1790,6 @@ if IN_NOTEBOOK:
 def due(step, interval):
     """Whether `step` is a multiple of `interval`; never if that is 0."""
     return interval > 0 and step % interval == 0
-
-
-def work_after(config, done):
-    """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
-    intervals = config.eval_interval, config.sample_interval, config.save_interval
-    total = config.total_steps
-    if (config.hours or config.credits) and done == total - round(config.warmdown_ratio * total) < total:
-        return [*WORK]
-    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == total]
 
 
 def train(config, report=None):
@@ -3160,6 +3156,15 @@ META = {  # what meta.json holds, and of which types
     "todo": list, "data": dict, "best": (dict, NOTHING), "val_loss": (*NUMBER, NOTHING), "loader": (dict, NOTHING),
     "wandb": (str, NOTHING), "plan": (dict, NOTHING), "spent": NUMBER,
 }  # fmt: skip
+
+
+def work_after(config, done):
+    """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
+    intervals = config.eval_interval, config.sample_interval, config.save_interval
+    total = config.total_steps
+    if (config.hours or config.credits) and done == total - round(config.warmdown_ratio * total) < total:
+        return [*WORK]
+    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == total]
 
 
 def read_meta(path):

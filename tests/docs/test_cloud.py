@@ -11,7 +11,7 @@ import pytest
 from tools.notebooks import load
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = "changes cloud data dependencies evaluate gpu interruptions many-chips recipe speed sweeps watch"
+PAGES = "budget changes cloud data dependencies evaluate gpu interruptions many-chips recipe speed sweeps watch"
 DOCS = ["README.md", *(f"docs/{name}.md" for name in PAGES.split())]
 DOCS += sorted(f"cloud/{path.name}" for path in (ROOT / "cloud").glob("[!.]*.*"))
 BEFORE = {"--preset", "--help"}  # options that a notebook takes from the command line before parse_args sees the rest

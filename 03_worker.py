@@ -3334,7 +3334,9 @@ def newest_checkpoint(run_dir):
 
 def differences(saved, config, fixed):
     """Returns 'n_head 4 → 8, …': the fields for which `fixed(field)`, and in which a saved Config, a dict, differs."""
-    pairs = [(f.name, saved.get(f.name), getattr(config, f.name)) for f in dataclasses.fields(config) if fixed(f)]
+    pairs = [
+        (f.name, saved.get(f.name, f.default), getattr(config, f.name)) for f in dataclasses.fields(config) if fixed(f)
+    ]
     return ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in pairs if old != new)
 
 

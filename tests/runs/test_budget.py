@@ -4,12 +4,13 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import TINY, one_line, saved_steps, script, started, tiny
+from tests.helpers import TINY, one_line, same_end, saved_steps, script, started, tiny
 
 STEP = 0.25  # seconds of a step, by the clock of these tests
 
@@ -116,3 +117,16 @@ def test_what_cannot_be_is_refused_in_a_line(nb, tmp_path):
     assert not list(tmp_path.rglob("metrics.jsonl"))
     config = nb.Config.demo().replace(hours=2)  # the demo's own number of steps is no conflict
     assert config.replace(hours=2, seed=1).hours == 2
+
+
+def test_a_run_that_began_before_there_were_budgets_goes_on(nb, finished, tmp_path, capsys):
+    """A field that a checkpoint's Config has not is at its default."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0].run_dir, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000012")
+    path = run / "checkpoints" / "step_00000009" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["config"]["hours"], meta["config"]["credits"], meta["plan"], meta["spent"]
+    path.write_text(json.dumps(meta))
+    assert nb.train(tiny(nb, run))["finished"] and "resumed at step 9" in capsys.readouterr().out
+    assert same_end(run, finished[0].run_dir)

@@ -222,7 +222,6 @@ import resource
 import shlex
 import shutil
 import signal
-import statistics
 import types
 
 import jax
@@ -389,12 +388,14 @@ def fits_vmem(T, H):
     return T % 128 == 0 and H % 128 == 0 and T * H <= 4096 * 128
 
 
-def check_length(config, changes):
-    """Raises an InputError if changes of a Config set the length of the run twice."""
-    names = "num_iterations", "hours", "credits"
-    given = [name for name in names if changes.get(name, 0) > 0 and changes[name] != getattr(config, name)]
-    if len(given) > 1:
-        require(False, given[0], changes[given[0]], f"{given[1]} sets the length of the run, too; give one")
+def one_length(config, changes):
+    """Returns changes of a Config: of num_iterations, hours and credits the new one takes the place of the others.
+    Raises InputError if two of them are new."""
+    unset = {"num_iterations": -1, "hours": 0.0, "credits": 0.0}
+    new = [name for name in unset if changes.get(name, unset[name]) not in (unset[name], getattr(config, name))]
+    if len(new) > 1:
+        require(False, new[0], changes[new[0]], f"{new[1]} sets the length of the run, too; give one")
+    return changes | {name: value for name, value in unset.items() if new and name not in new}
 
 
 def check_attention(config):
@@ -501,6 +502,12 @@ class BaseConfig:
         require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
         ratios = self.warmup_ratio + self.warmdown_ratio
         require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
+        require(
+            not self.hours or not self.credits,
+            "hours",
+            self.hours,
+            f"credits={self.credits} is a budget, too; give one",
+        )
         hub = self.backup != "hub" or self.hf_repo_id
         require(hub, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own")
         pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)
@@ -569,8 +576,7 @@ class BaseConfig:
         for name in changes:
             if name not in known:
                 raise InputError(f"unknown Config field {name!r}{suggest(name, known)}")
-        check_length(self, changes)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **one_length(self, changes))
 
     @classmethod
     def for_device(cls):
@@ -3158,13 +3164,20 @@ META = {  # what meta.json holds, and of which types
 }  # fmt: skip
 
 
+def warmdown_step(config):
+    """Returns after how many steps a run with a budget begins its warmdown."""
+    return max(32, config.total_steps - round(config.warmdown_ratio * config.total_steps))
+
+
 def work_after(config, done):
-    """Returns what is due after `done` steps, in this order: evaluate, sample, save. All of it after the last one."""
+    """Returns what is due after `done` steps, in this order: evaluate, sample, save, move_end. With a budget the end is
+    moved after 32, 64, 128, … steps, and for the last time when the warmdown begins, after one of each."""
     intervals = config.eval_interval, config.sample_interval, config.save_interval
-    total = config.total_steps
-    if (config.hours or config.credits) and done == total - round(config.warmdown_ratio * total) < total:
-        return [*WORK]
-    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == total]
+    falls = warmdown_step(config) if config.hours or config.credits else 0
+    if done == falls < config.total_steps:
+        return [name for name in WORK if name != "evaluate" or config.eval_interval]
+    work = [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
+    return work + ["move_end"] * (32 <= done < falls and done & (done - 1) == 0)
 
 
 def read_meta(path):
@@ -3740,24 +3753,29 @@ UNITS = {"TPU v6 lite": 3.71}  # Colab's compute units an hour, by device_kind, 
 UNIT_DOLLARS = 50 / 600  # Colab Pro+: 600 units for $50 a month
 
 
+def units_per_hour():
+    """Returns Colab's compute units of an hour of all devices; None if the price of such a device is not known."""
+    price = UNITS.get(jax.devices()[0].device_kind)
+    return price and price * jax.device_count()
+
+
 def budget_seconds(config):
     """Returns the seconds that a run may take, 0 without a budget. Raises InputError for a device without a price."""
-    kind = jax.devices()[0].device_kind
-    rule = f"nobody has noted what an hour of a {kind!r} costs; give hours, or add it to UNITS"
-    require(not config.credits or kind in UNITS, "credits", config.credits, rule)
-    return 3600 * (config.credits / UNITS[kind] if config.credits else config.hours)
+    rule = f"nobody has noted what an hour of a {jax.devices()[0].device_kind!r} costs; give hours, or add it to UNITS"
+    require(not config.credits or units_per_hour(), "credits", config.credits, rule)
+    return 3600 * (config.credits / units_per_hour() if config.credits else config.hours)
 
 
 def seconds_per_step(config):
     """Returns the seconds of a training step without its compilation. The steps train a state that is dropped."""
     state, seconds = init_train_state(config), []
     batch = put(config, (np.zeros(config.batch_shape, np.int32),) * 2, None, ROWS)
-    while len(seconds) < 4 or len(seconds) < 24 and sum(seconds[1:]) < 4:  # the first one compiles
+    for _ in range(6):  # as many on all processes
         started = time.perf_counter()
         state, _ = train_step(config, state, *batch)
         jax.block_until_ready(state.step)
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return sorted(seconds)[2]  # the first one compiles
 
 
 def agreed(number):
@@ -3872,15 +3890,15 @@ class Training:
         self.state, self.meta = load_checkpoint(checkpoint, config) if checkpoint else (None, {"step": 0})
         self.config = self.given = config = keep_step_size(config, self.meta)
         self.before = self.meta.get("spent", 0.0)
-        with contextlib.suppress(InputError, AttributeError):  # steps that a kill has lost took time, too
-            self.before = max([self.before, *(line.get("seconds", 0.0) for line in read_metrics(self.run))])
+        with contextlib.suppress(OSError, ValueError):  # steps that a kill has lost took time, too
+            self.before = max(self.before, float((self.run / "spent").read_text()) if checkpoint else 0.0)
         self.plan = self.meta.get("plan")
         if self.budget:
             if not self.plan:
                 self.first_plan()
-            self.config = config = config.replace(**self.plan["length"])
+            self.config = config = dataclasses.replace(config, **self.plan["length"])
         self.state = self.state or init_train_state(config)
-        self.state = self.state._replace(hyper=put(config, hyperparams(config)))  # it counts steps of the kept size
+        self.state = self.state._replace(hyper=self.hyper())  # it counts steps of the kept size
         for name in self.meta.get("files", ()) if is_first() else ():
             if name in LOGS:
                 with contextlib.suppress(OSError):  # a log only watches
@@ -4032,7 +4050,7 @@ class Training:
         self.stepping = False
         if due(step, self.config.log_interval):
             with self.log.watching("norms"):
-                metrics |= state_norms(self.state) | {"seconds": self.spent()}
+                metrics |= state_norms(self.state)
         if step == self.first_step:
             jax.block_until_ready(self.state.step)
             seconds = time.perf_counter() - self.started
@@ -4043,8 +4061,11 @@ class Training:
         batch += f"to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
         self.log.train_step(step, metrics, batch, self.loader.wait_seconds)
         self.saver.check()
-        if step == self.first_step > 0 and self.budget and "warmdown_ratio" in self.plan["length"]:
-            self.set_end()  # the break has cost time, too
+        if is_first() and (due(step, self.config.log_interval) or step == self.first_step):
+            with self.log.watching("the time spent"):
+                (self.run / "spent").write_text(f"{self.spent():.1f}\n")
+        if self.budget and self.plan["falls"] and step - self.first_step in (0, 20) and self.first_step:
+            self.move_end()  # the break has cost time, too, and this machine may be another one
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4053,7 +4074,8 @@ class Training:
         while self.todo:
             started = time.perf_counter()
             getattr(self, self.todo[0])()
-            self.took[self.todo[0]] = time.perf_counter() - started
+            took = time.perf_counter() - started
+            self.took[self.todo[0]] = min(took, self.took.get(self.todo[0], took))  # the first time compiles
             self.todo = self.todo[1:]
         if self.asked and not self.finished:
             self.stop()
@@ -4101,42 +4123,70 @@ class Training:
         third = pace / 3 / config.tokens_per_step
         last = third * max(config.final_eval_tokens, config.eval_tokens)
         every = pace + (third * config.eval_tokens / config.eval_interval if config.eval_interval else 0)
-        steps, name = agreed((self.budget - self.spent() - last) / every), "credits" if config.credits else "hours"
-        spent, rest = f"to start took {self.spent():.0f} s", f"20 steps and an evaluation take {20 * every + last:.0f}"
-        require(steps >= 20, name, getattr(config, name), f"{spent}, and {rest}; give more than {self.budget:.0f} s")
-        print(f"budget  {self.budget:.0f} s, for {steps:,} steps of {1e3 * pace:.1f} ms and all else", flush=True)
-        self.plan = {"every": every, "last": last, "length": {"num_iterations": steps}}
+        self.plan = {"every": every, "last": last, "rest": 0.0, "falls": False}
+        steps, name = self.steps_left(), "credits" if config.credits else "hours"
+        needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * every + last:.0f} s"
+        require(steps >= 20, name, getattr(config, name), f"is {self.budget:.1f} s, and {needed}; give more")
+        print(
+            f"budget  {self.budget:.0f} s, for about {steps:,} steps of {1e3 * pace:.1f} ms, and all else", flush=True
+        )
+        self.plan["length"] = {"num_iterations": steps}
+
+    def hyper(self):
+        """Returns the scalars of the schedule on the devices, with those that the budget has set."""
+        planned = (self.plan or {}).get("hyper", {})
+        return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
+
+    def steps_left(self):
+        """Returns how many steps fit what is left of the budget, without its margin of 0.5%."""
+        left = 0.995 * self.budget - self.spent() - self.plan["last"] - self.plan["rest"]
+        return max(1, agreed(left / self.plan["every"]))
+
+    def measure(self):
+        """Notes in the plan what a step takes, with its share of the work between steps."""
+        config, log, took, done = self.config, self.log, self.took, self.log.done - self.first_step - 1
+        if done >= 20:
+            intervals = zip(WORK, (config.eval_interval, config.sample_interval, config.save_interval))
+            pace = (time.perf_counter() - self.started - log.times.total()) / done
+            self.plan["every"] = pace + sum(took.get(name, 0) / interval for name, interval in intervals if interval)
+
+    def rehearse(self):
+        """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
+        self.saver.writing.result()
+        if "sample" in self.took:
+            self.plan["rest"] = self.took["sample"] + self.took["save"] + self.saver.seconds
+        self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
+        some = self.last_batches[:32]
+        evaluate(self.config, self.state.params, some[:1])  # compiles
+        started = time.perf_counter()
+        evaluate(self.config, self.state.params, some)
+        self.plan["last"] = (time.perf_counter() - started) * len(self.last_batches) / len(some)
 
     def move_end(self):
-        """Begins the warmdown. Sets the last step by what steps, evaluations, samples and checkpoints have taken."""
-        log, config, took = self.log, self.config, self.took
-        if "warmdown_ratio" in self.plan["length"]:
-            return
-        with log.paused(self.state, "planning"), self.interruptible():
-            self.saver.writing.result()
-            self.last_batches = self.read_batches(config.final_eval_tokens)
-            some, started = self.last_batches[:32], time.perf_counter()
-            evaluate(config, self.state.params, some)
-            last = (time.perf_counter() - started) * len(self.last_batches) / len(some)
-        if log.steps:  # else it was resumed just here
-            intervals = zip(WORK, (config.eval_interval, config.sample_interval, config.save_interval))
-            every = log.seconds / log.steps + sum(took[name] / interval for name, interval in intervals if interval)
-            self.plan |= {"every": every, "last": last + took["sample"] + took["save"] + self.saver.seconds}
-        self.set_end()
-
-    def set_end(self):
-        """Sets the last step by the time that is left. The learning rate falls from where it is to its end."""
+        """Sets the last step anew, by what this run has measured. In the warmdown, the learning rate falls from where
+        it is to its end along one line."""
         log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
         if done == total:
             return
-        left = max(1, agreed((0.995 * self.budget - self.spent() - self.plan["last"]) / self.plan["every"]))
-        share = min(1, (total - done) / max(1, round(config.warmdown_ratio * total)))  # of the warmdown, still to come
-        ratio = min(left / share / (done + left), 1 - config.warmup_ratio)
-        self.plan["length"] = {"num_iterations": done + left, "warmdown_ratio": ratio}
-        self.config = config.replace(**self.plan["length"])
-        self.state = self.state._replace(hyper=put(self.config, hyperparams(self.config)))
-        log.total = log.bar.total = done + left
-        log.say(f"{left:,} steps fit what is left of {self.budget:.0f} s; before, {total - done:,} were planned", done)
+        with log.paused(self.state, "planning"), self.interruptible():
+            self.measure()
+            end = done + self.steps_left()
+            falls = self.plan["falls"] = done >= min(warmdown_step(config), end - round(config.warmdown_ratio * end))
+            if falls:
+                self.rehearse()
+                end = done + self.steps_left()
+        hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
+        falling = round(config.warmdown_ratio * end)
+        if falls:
+            falling = (end - done) / min(1, (total - done) / max(1, hyper["warmdown_steps"]))
+            length["warmdown_ratio"] = min(falling / end, 1 - config.warmup_ratio)
+        self.plan["length"], self.config = length, dataclasses.replace(config, **length)
+        self.plan["hyper"] = {"warmup_steps": hyper["warmup_steps"], "warmdown_steps": falling}
+        self.state = self.state._replace(hyper=self.hyper())
+        log.total = log.bar.total = end
+        if falls or abs(end - total) > 0.05 * total:
+            begins = "the warmdown begins, and " * falls
+            log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
 
     def save(self):
         """Saves a checkpoint in the background, after the one before."""
@@ -4150,6 +4200,8 @@ class Training:
             todo = self.todo[1:] if self.todo[:1] == ["save"] else self.todo
             self.finished = self.log.done == self.config.total_steps and not todo
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
+            if self.budget:
+                self.measure()
             meta |= {"spent": self.spent(), "plan": self.plan}
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
@@ -4162,6 +4214,9 @@ class Training:
         if self.asked and not self.lost and not self.report:
             log.say(f"{self.asked[0]}: stopped after step {log.done}; its checkpoint is kept")
         with log.paused(self.state, "saving"):
+            if not self.lost:
+                self.saver.writing.result()
+            spent = self.spent()  # not the copy to a backup
             self.end_saving()
         if is_first():
             with log.watching("loss curve"):
@@ -4183,7 +4238,7 @@ class Training:
             "tokens": log.done * config.tokens_per_step, "parameters": count_params(config),
             **log.rates(log.steps, log.seconds), "seconds": seconds,
             "times": {"steps": seconds - log.times.total(), **log.times}, "wait_seconds": self.loader.wait_seconds,
-            "peak_memory": peak_memory(), "run_dir": str(self.run), "budget": self.budget, "spent": self.spent(),
+            "peak_memory": peak_memory(), "run_dir": str(self.run), "budget": self.budget, "spent": spent,
         }  # fmt: skip
 
 
@@ -4297,7 +4352,7 @@ def show_summary(summary):
     print(f"speed   {show_rates(summary['tokens_per_second'], summary['mfu'])}")
     print(f"time    {datetime.timedelta(seconds=round(summary['seconds']))} in all; seconds: {times}")
     print(f"        of the steps, {summary['wait_seconds']:.1f} s were spent waiting for data")
-    hours, units = summary["spent"] / 3600, UNITS.get(jax.devices()[0].device_kind)
+    hours, units = summary["spent"] / 3600, units_per_hour()
     of = f" of {summary['budget'] / 3600:.4f}" if summary["budget"] else ""
     price = f", {units * hours:.2f} credits, ${units * UNIT_DOLLARS * hours:.2f}" if units else ""
     print(f"cost    {hours:.4f}{of} hours{price}")

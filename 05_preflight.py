@@ -647,7 +647,9 @@ def explain(error):
 def describe(config, chip, compiled, answer, rate, mfu):
     """Prints the memory of a step on each chip, its time, what they mean for the run, and where the time goes."""
     tokens, several = config.tokens_per_step, config.devices > 1
-    budget = config.credits / chip.credits if config.credits and chip.credits else config.hours  # hours
+    if config.credits and not chip.credits:
+        raise InputError(f"credits={config.credits}: the price of this chip is not known; give hours")
+    budget = config.hours or config.credits and config.credits / chip.credits / config.devices  # hours
     steps = int(3600 * budget / answer.seconds) or config.total_steps
     peak, hbm, arguments = (size / 2**30 for size in (compiled.peak, chip.hbm, compiled.arguments))
     print(f"fits    {peak:.2f} GiB of {hbm:.2f} at the peak, {arguments:.2f} of them weights, moments and tokens")

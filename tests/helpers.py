@@ -133,7 +133,7 @@ TINY = dict(
     profile_steps=0, compute_dtype="float32",
 )  # fmt: skip
 QUIET = dict(eval_interval=0, save_interval=0, sample_interval=0)  # nothing but steps, and what comes at the end
-RATES = {"tokens_per_second", "mfu", "data_wait_seconds", "seconds"}
+RATES = {"tokens_per_second", "mfu", "data_wait_seconds"}
 
 
 def tiny(nb, folder, **changes):

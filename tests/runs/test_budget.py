@@ -17,25 +17,22 @@ STEP = 0.25  # seconds of a step, by the clock of these tests
 
 @pytest.fixture
 def budgeted(nb, monkeypatch):
-    """A clock on which a step takes STEP seconds, and nothing else takes any."""
-    monkeypatch.setattr(nb, "seconds_per_step", lambda config: STEP)
-    monkeypatch.setattr(
-        nb.Training,
-        "spent",
-        lambda run: run.before + STEP * (run.log.done - run.first_step if hasattr(run, "log") else 0),
-    )
+    """A clock on which a step takes `pace` seconds, STEP by the first plan, and nothing else takes any."""
 
     def train(folder, budget, pace=STEP, **changes):
-        def slower(run):
-            run.took = dict.fromkeys(nb.WORK, 0.0)
-            run.log.seconds, run.saver.seconds = run.log.steps * pace, 0.0
-            move_end(run)
+        def spent(run):
+            return run.before + pace * (run.log.done - run.first_step if hasattr(run, "log") else 0)
 
-        monkeypatch.setattr(nb.Training, "move_end", slower)
+        def rehearse(run):
+            run.plan |= {"last": 0.0, "rest": 0.0}
+
+        monkeypatch.setattr(nb.Training, "spent", spent)
+        monkeypatch.setattr(nb.Training, "measure", lambda run: run.plan.update(every=pace))
+        monkeypatch.setattr(nb.Training, "rehearse", rehearse)
         config = tiny(nb, folder, log_interval=1, eval_interval=0, sample_interval=0, save_interval=0, **changes)
         return nb.train(config.replace(hours=budget / 3600))
 
-    move_end = nb.Training.move_end
+    monkeypatch.setattr(nb, "seconds_per_step", lambda config: STEP)
     return train
 
 
@@ -60,20 +57,47 @@ def test_a_run_is_as_long_as_its_budget(nb, budgeted, tmp_path):
 
 
 @pytest.mark.parametrize("pace", [STEP / 2, 2 * STEP])
-def test_the_end_is_moved_once_when_the_warmdown_begins(budgeted, tmp_path, capsys, pace):
-    """A machine that turns out twice as fast does twice as many of the later steps, one half as fast half of them."""
+def test_the_end_moves_until_the_warmdown_begins(budgeted, tmp_path, capsys, pace):
+    """A machine that turns out twice as fast does twice the steps, one half as fast half of them, its warmdown at once
+    after step 32. Then the rate falls on one line."""
     summary = budgeted(tmp_path / "a", 20, pace=pace)
-    moved = re.findall(
-        r"step +(\d+)/(\d+)  (\d+) steps fit what is left of 20 s; before, (\d+) were planned", capsys.readouterr().out
-    )
+    lines = r"step +(\d+)/(\d+)  the warmdown begins, and (\d+) steps fit"
+    moved = re.findall(lines, capsys.readouterr().out)
     assert len(moved) == 1
-    done, total, left, _ = map(int, moved[0])
-    assert summary["step"] == total == done + left
-    assert 0.85 < left * pace / (0.995 * 20 - done * STEP) <= 1
+    done, total, left = map(int, moved[0])
+    assert summary["step"] == total == done + left == int(0.995 * 20 / pace) and (done == 32 or pace < STEP)
     values = rates(tmp_path / "a")
     assert values[done] == max(values) > values[done + 1] and len({*values[10 : done + 1]}) == 1
     slopes = [a - b for a, b in itertools.pairwise(values[done:])]
     assert slopes == pytest.approx([max(values) / left] * (left - 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.98])
+def test_a_run_without_a_constant_rate(budgeted, tmp_path, ratio):
+    """The warmdown is due before the speed is known, or never: the end moves all the same."""
+    summary = budgeted(tmp_path / "a", 20, pace=STEP / 2, warmdown_ratio=ratio)
+    values = rates(tmp_path / "a")
+    assert 0.9 < summary["step"] / int(0.995 * 40 / STEP) <= 1 and summary["finished"]
+    assert values[-1] == max(values) if ratio == 0 else values[-1] < 0.1 * max(values)
+    assert max(abs(a - b) for a, b in itertools.pairwise(values[5:])) < 0.05 * max(values)
+
+
+def test_a_machine_that_is_far_too_slow(budgeted, tmp_path):
+    """Three times as slow as its first steps: after 32 steps nothing is left. One more step, and the end."""
+    summary = budgeted(tmp_path / "a", 20, pace=3 * STEP)
+    assert summary["step"] == 33 and summary["finished"] and summary["val_bpb"]
+
+
+@pytest.mark.parametrize("notebook", ["nb", "mt"])
+def test_the_saved_config_is_that_of_the_budget(nb, budgeted, tmp_path, notebook, request):
+    """So that 05 and 07 can read it, and a start with the same options goes on."""
+    budgeted(tmp_path / "a", 20)
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert saved["hours"] == 20 / 3600 and saved["num_iterations"] == -1
+    assert nb.Config().replace(**saved) == nb.Config(**saved)
+    config = request.getfixturevalue(notebook).Config.demo()
+    assert config.replace(hours=2).num_iterations == -1 and config.replace(hours=2).replace(num_iterations=7).hours == 0
+    assert config.replace(hours=2).replace(credits=3).hours == 0
 
 
 def test_a_run_that_is_killed_in_its_warmdown_ends_on_time(tmp_path):
@@ -85,12 +109,12 @@ def test_a_run_that_is_killed_in_its_warmdown_ends_on_time(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     run, newest = tmp_path / "run", saved_steps(tmp_path / "run")[-1]
-    lost = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    lost = float((run / "spent").read_text())
     done = script("02_train.py", cwd=tmp_path, run_dir="run", **settings)
     assert done.returncode == 0, done.stderr
-    assert f"resumed at step {newest}" in done.stdout and "steps fit what is left" in done.stdout
+    assert f"resumed at step {newest}" in done.stdout and "the warmdown begins" in done.stdout
     meta = json.loads((run / "checkpoints" / f"step_{saved_steps(run)[-1]:08d}" / "meta.json").read_text())
-    assert meta["finished"] and meta["spent"] > lost["seconds"]
+    assert meta["finished"] and meta["spent"] > lost
     assert meta["step"] == meta["plan"]["length"]["num_iterations"]
     values = rates(run)
     jumps = [a - b for a, b in itertools.pairwise(values[newest // 5 - 1 :])]
@@ -99,7 +123,7 @@ def test_a_run_that_is_killed_in_its_warmdown_ends_on_time(tmp_path):
 
 def read_until_moved(process):
     for line in process.stdout:
-        if "steps fit what is left" in line:
+        if "the warmdown begins" in line:
             return process.stdout.readline()  # 20 lines of the log make a run
 
 
@@ -109,14 +133,17 @@ def test_what_cannot_be_is_refused_in_a_line(nb, tmp_path):
         ("--hours=1", "--credits=1"): "hours=1.0: credits sets the length of the run, too; give one",
         ("--hours=-1",): "hours=-1.0: must not be negative",
         ("--credits=1",): "credits=1.0: nobody has noted what an hour of a 'cpu' costs; give hours",
-        ("--hours=0.0001",): "hours=0.0001: to start took ",
+        ("--hours=0.0001",): "hours=0.0001: is 0.4 s, and to start, 20 steps and an evaluation take ",
     }
     for words, message in wrong.items():
         done = script("02_train.py", *words, "--run_dir=run", cwd=tmp_path)
         assert done.returncode == 2 and one_line(done.stderr.strip(), "error: ", message), done
     assert not list(tmp_path.rglob("metrics.jsonl"))
-    config = nb.Config.demo().replace(hours=2)  # the demo's own number of steps is no conflict
-    assert config.replace(hours=2, seed=1).hours == 2
+    for given in (dict(hours="3"), dict(hours=None), dict(num_iterations="200"), dict(credits=-1)):
+        with pytest.raises(nb.InputError, match=next(iter(given))):
+            nb.Config.demo().replace(**given)
+    with pytest.raises(nb.InputError, match=r"credits=2\.0 is a budget, too"):
+        nb.Config(hours=1, credits=2)
 
 
 def test_a_run_that_began_before_there_were_budgets_goes_on(nb, finished, tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_the_run_folder_holds_what_it_should(finished):
     run = Path(config.run_dir)
     assert summary["run_dir"] == str(run) and summary["step"] == 12
     names = {path.name.split(".")[0] for path in run.iterdir()}
-    assert names == {"config", "metrics", "events", "samples", "loss", "profile", "checkpoints", "tokenizer"}
+    assert names == {"config", "metrics", "events", "samples", "loss", "profile", "checkpoints", "tokenizer", "spent"}
     assert json.loads((run / "config.json").read_text())["n_head"] == 2
     assert [row["step"] for row in metrics(run) if "loss" in row] == [0, 2, 4, 6, 8, 10]
     assert [row["step"] for row in metrics(run) if "val_loss" in row] == [4, 8, 12]

@@ -93,7 +93,7 @@ def until(condition, processes, seconds=300):
 def metrics(folder):
     """{(step, name): value} of metrics.jsonl, without what is measured in seconds."""
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    timed = {"step", "tokens_per_second", "mfu", "data_wait_seconds", "seconds"}
+    timed = {"step", "tokens_per_second", "mfu", "data_wait_seconds"}
     return {(row["step"], name): value for row in rows for name, value in row.items() if name not in timed}
 
 

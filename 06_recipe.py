@@ -484,12 +484,7 @@ class BaseConfig:
         require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
         ratios = self.warmup_ratio + self.warmdown_ratio
         require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
-        require(
-            not self.hours or not self.credits,
-            "hours",
-            self.hours,
-            f"credits={self.credits} is a budget, too; give one",
-        )
+        require(not self.hours or not self.credits, "hours", self.hours, "give hours or credits, not both")
         hub = self.backup != "hub" or self.hf_repo_id
         require(hub, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own")
         pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)

@@ -4058,7 +4058,8 @@ class Training:
         self.saver.check()
         if is_first() and (due(step, self.config.log_interval) or step == self.first_step):
             with self.log.watching("the time spent"):
-                (self.run / "spent").write_text(f"{self.spent():.1f}\n")
+                (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
+                (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
         if self.budget and self.plan["falls"] and step - self.first_step in (0, 20) and self.first_step:
             self.move_end()  # the break has cost time, too, and this machine may be another one
 

@@ -4,7 +4,7 @@
     python benchmarks/isoflop.py run 02 --dataset /tmp/free      # a line of isoflop.jsonl a run
     python benchmarks/isoflop.py fit                             # the fits with their errors, and isoflop.png
 
-The sizes have the shape of the reference, D / L = 64, with heads of 32: five widths around the expected optimum for
+The sizes have about the shape of the reference, D / L = 64 to 96, heads of 32: five widths around the expected optimum for
 each budget. A run has 2,048 tokens a step, T = 256, and a learning rate that falls with √D. Runs that stand in the file
 are not run again; a run takes one core, so start one process a core.
 

@@ -202,6 +202,7 @@ def in_background(function):
 
 # %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
+import bisect
 import ctypes
 import datetime
 import html
@@ -3304,13 +3305,13 @@ def warmdown_step(config):
 
 def work_after(config, done):
     """Returns what is due after `done` steps, in this order: evaluate, sample, save, move_end. With a budget the end is
-    moved after 32, 64, 128, … steps, and for the last time when the warmdown begins, after one of each."""
+    moved after 32, 64, 128, … steps, 32 before the warmdown is due, and for the last time when it begins."""
     intervals = config.eval_interval, config.sample_interval, config.save_interval
     falls = warmdown_step(config) if config.hours or config.credits else 0
     if done == falls < config.total_steps:
         return [name for name in WORK if name != "evaluate" or config.eval_interval]
     work = [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
-    return work + ["move_end"] * (32 <= done < falls and done & (done - 1) == 0)
+    return work + ["move_end"] * (32 <= done < falls and (done & (done - 1) == 0 or done == falls - 32))
 
 
 def read_meta(path):
@@ -3965,6 +3966,7 @@ class Training:
         self.config, self.report, self.started = config, report, time.perf_counter()
         self.waiting = self.stepping = self.rescuing = self.finished = self.lost = False
         self.asked, self.todo, self.validated, self.took = [], [], {}, {}
+        self.measured = [(1, 0.0)]  # after so many steps of this session, the seconds of training since the first
         self.taken = self.batches = self.last_batches = self.summary = None
 
     def __enter__(self):
@@ -4248,10 +4250,10 @@ class Training:
         config, pace = self.config, seconds_per_step(self.config)
         third = pace / 3 / config.tokens_per_step
         last = third * max(config.final_eval_tokens, config.eval_tokens)
-        every = pace + (third * config.eval_tokens / config.eval_interval if config.eval_interval else 0)
-        self.plan = {"every": every, "last": last, "rest": 0.0, "falls": False}
+        took = {"evaluate": third * config.eval_tokens}
+        self.plan = {"pace": pace, "took": took, "last": last, "rest": 0.0, "falls": False}
         steps, name = self.steps_left(), "credits" if config.credits else "hours"
-        needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * every + last:.0f} s"
+        needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * pace + last:.0f} s"
         require(steps >= 20, name, getattr(config, name), f"is {self.budget:.1f} s, and {needed}; give more")
         print(
             f"budget  {self.budget:.0f} s, for about {steps:,} steps of {1e3 * pace:.1f} ms, and all else", flush=True
@@ -4263,18 +4265,29 @@ class Training:
         planned = (self.plan or {}).get("hyper", {})
         return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
 
-    def steps_left(self):
-        """Returns how many steps fit what is left of the budget, without its margin of 0.5%."""
-        left = 0.995 * self.budget - self.spent() - self.plan["last"] - self.plan["rest"]
-        return max(1, agreed(left / self.plan["every"]))
+    def steps_left(self, done=0):
+        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.5% of it."""
+        config, plan = self.config, self.plan
+        left = 0.995 * self.budget - self.spent() - plan["last"] - plan["rest"]
+        every = [config.eval_interval, config.sample_interval, config.save_interval]
+        work = [(plan["took"].get(name, 0), n) for name, n in zip(WORK, every) if n]
+
+        def seconds(steps):  # after the last of them comes the work of `last` and `rest`
+            return steps * plan["pace"] + sum(took * ((done + steps - 1) // n - done // n) for took, n in work)
+
+        return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
 
     def measure(self):
-        """Notes in the plan what a step takes, with its share of the work between steps."""
-        config, log, took, done = self.config, self.log, self.took, self.log.done - self.first_step - 1
-        if done >= 20:
-            intervals = zip(WORK, (config.eval_interval, config.sample_interval, config.save_interval))
-            pace = (time.perf_counter() - self.started - log.times.total()) / done
-            self.plan["every"] = pace + sum(took.get(name, 0) / interval for name, interval in intervals if interval)
+        """Notes in the plan what a step takes: the mean of this session, or where they differ by more than 5% that of
+        the newest steps, since the machine has changed."""
+        self.plan["took"] |= self.took
+        done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
+        before = [(n, s) for n, s in self.measured if n <= done - 20]
+        if before:
+            (first, start), (last, newest) = before[0], before[-1]
+            pace, recent = (seconds - start) / (done - first), (seconds - newest) / (done - last)
+            self.plan["pace"] = recent if abs(recent / pace - 1) > 0.05 else pace
+        self.measured.append((done, seconds))
 
     def rehearse(self):
         """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
@@ -4296,11 +4309,11 @@ class Training:
             return
         with log.paused(self.state, "planning"), self.interruptible():
             self.measure()
-            end = done + self.steps_left()
+            end = done + self.steps_left(done)
             falls = self.plan["falls"] = done >= min(warmdown_step(config), end - round(config.warmdown_ratio * end))
             if falls:
                 self.rehearse()
-                end = done + self.steps_left()
+                end = done + self.steps_left(done)
         hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
         falling = round(config.warmdown_ratio * end)
         if falls:

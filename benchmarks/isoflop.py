@@ -4,7 +4,7 @@
     python benchmarks/isoflop.py run 02 --dataset /tmp/free      # a line of isoflop.jsonl a run
     python benchmarks/isoflop.py fit                             # the fits with their errors, and isoflop.png
 
-The sizes have about the shape of the reference, D / L = 64 to 96, heads of 32: five widths around the expected optimum for
+The sizes have about the shape of the reference, D / L = 64 to 96, heads of 32: five widths around the expected optimum of
 each budget. A run has 2,048 tokens a step, T = 256, and a learning rate that falls with √D. Runs that stand in the file
 are not run again; a run takes one core, so start one process a core.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from common import embedded_data, load
 
-BUDGETS = {1e13: (64, 96, 128, 160, 192), 3e13: (96, 128, 160, 192, 256), 9e13: (96, 128, 192, 256, 320)}  # FLOPs: D
+BUDGETS = {8e12: (64, 96, 128, 160, 192), 1.8e13: (64, 96, 128, 160, 192), 4e13: (96, 128, 160, 192, 256)}  # FLOPs: D
 NOTEBOOKS = {"02": "02_train.py", "06": "06_recipe.py"}
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ def budgeted(nb, monkeypatch):
             run.plan |= {"last": 0.0, "rest": 0.0}
 
         monkeypatch.setattr(nb.Training, "spent", spent)
-        monkeypatch.setattr(nb.Training, "measure", lambda run: run.plan.update(every=pace))
+        monkeypatch.setattr(nb.Training, "measure", lambda run: run.plan.update(pace=pace))
         monkeypatch.setattr(nb.Training, "rehearse", rehearse)
         config = tiny(nb, folder, log_interval=1, eval_interval=0, sample_interval=0, save_interval=0, **changes)
         return nb.train(config.replace(hours=budget / 3600))
@@ -70,6 +71,27 @@ def test_the_end_moves_until_the_warmdown_begins(budgeted, tmp_path, capsys, pac
     assert values[done] == max(values) > values[done + 1] and len({*values[10 : done + 1]}) == 1
     slopes = [a - b for a, b in itertools.pairwise(values[done:])]
     assert slopes == pytest.approx([max(values) / left] * (left - 1), rel=1e-3)
+
+
+def test_the_work_between_steps_is_counted(nb):
+    """Whole evaluations and saves that will come, not a share of one for each step."""
+    plan = {"pace": 1.0, "took": {"evaluate": 10.0, "save": 2.0}, "last": 20.0, "rest": 5.0}
+    config = nb.Config.demo().replace(eval_interval=100, sample_interval=0, save_interval=50)
+    for budget, done, steps in ((115, 0, 88), (125, 0, 98), (140, 0, 101), (140, 90, 101), (47, 195, 10), (10, 0, 1)):
+        run = SimpleNamespace(config=config, plan=plan, budget=budget / 0.995, spent=lambda: 0.0)
+        assert nb.Training.steps_left(run, done) == steps, (budget, done)
+
+
+def test_the_newest_steps_count_where_the_machine_has_changed(nb, monkeypatch):
+    """A step took 1 s for 100 steps. With 1.04 s in the 50 after them the mean counts, with 1.5 s these."""
+    for newer, pace in ((1.04, 1 + 2 / 149), (1.5, 1.5)):
+        log = SimpleNamespace(done=151, times=SimpleNamespace(total=lambda: 30.0))
+        run = SimpleNamespace(plan={"pace": 9.0, "took": {}}, took={"save": 2.0}, log=log, first_step=0, started=0.0)
+        run.measured = [(1, 0.0), (101, 100.0), (140, 120.0)]
+        monkeypatch.setattr(nb.time, "perf_counter", lambda newer=newer: 130.0 + 50 * newer)
+        nb.Training.measure(run)
+        monkeypatch.undo()
+        assert run.plan == {"pace": pytest.approx(pace, rel=1e-3), "took": {"save": 2.0}}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.98])
@@ -118,7 +140,7 @@ def test_a_run_that_is_killed_in_its_warmdown_ends_on_time(tmp_path):
     assert meta["step"] == meta["plan"]["length"]["num_iterations"]
     values = rates(run)
     jumps = [a - b for a, b in itertools.pairwise(values[newest // 5 - 1 :])]
-    assert 0 <= min(jumps) and max(jumps) < 0.1 * max(values) and values[-1] < 0.1 * max(values)
+    assert 0 <= min(jumps) and max(jumps) < 0.2 * max(values) and values[-1] < 0.1 * max(values)
 
 
 def read_until_moved(process):

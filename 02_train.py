@@ -3745,8 +3745,9 @@ def show_rates(tokens_per_second, mfu):
 
 # %% Time and price cellView="form" tags=["shared"]
 # @title Time and price
-UNITS = {"TPU v6 lite": 3.71}  # Colab's compute units an hour, by device_kind, as Colab showed them
-UNIT_DOLLARS = 50 / 600  # Colab Pro+: 600 units for $50 a month
+# Colab's prices, as of November 2026. Its panel Runtime > View resources shows what your runtime takes an hour.
+UNITS = {"TPU v6 lite": 3.71}  # compute units an hour, by device_kind
+UNIT_DOLLARS = 50 / 600  # Pro+: 600 units for $50 a month
 
 
 def units_per_hour():

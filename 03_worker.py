@@ -758,8 +758,6 @@ if IN_NOTEBOOK:
 
 # %% Budget
 ASSUMED_MFU = 0.4
-CREDITS = {"TPU v6 lite": 3.71}  # Colab's compute units an hour, by jax's device_kind
-DOLLARS_PER_CREDIT = 50 / 600  # $50 buy 600 compute units
 
 
 def trial_flops(base):
@@ -776,8 +774,8 @@ def describe_budget(base, trials):
         return
     hours = flops / (ASSUMED_MFU * peak_flops(kind) * base.devices) / 3600
     text += f": about {hours * 60:.1f} minutes each at {ASSUMED_MFU:.0%} MFU, {trials * hours:.1f} hours in all"
-    if credits := trials * hours * CREDITS.get(kind, 0):
-        text += f", {credits:.1f} credits, ${credits * DOLLARS_PER_CREDIT:.2f}"
+    if credits := trials * hours * (units_per_hour() or 0):
+        text += f", {credits:.1f} credits, ${credits * UNIT_DOLLARS:.2f}"
     print(f"{text}; evaluation and compilation not included, early stops not counted")
 
 
@@ -3875,8 +3873,9 @@ def show_rates(tokens_per_second, mfu):
 
 # %% Time and price cellView="form" tags=["shared"]
 # @title Time and price
-UNITS = {"TPU v6 lite": 3.71}  # Colab's compute units an hour, by device_kind, as Colab showed them
-UNIT_DOLLARS = 50 / 600  # Colab Pro+: 600 units for $50 a month
+# Colab's prices, as of November 2026. Its panel Runtime > View resources shows what your runtime takes an hour.
+UNITS = {"TPU v6 lite": 3.71}  # compute units an hour, by device_kind
+UNIT_DOLLARS = 50 / 600  # Pro+: 600 units for $50 a month
 
 
 def units_per_hour():

@@ -28,6 +28,7 @@
 # @title Imports
 import argparse
 import collections
+import concurrent.futures
 import importlib.metadata
 import importlib.util
 import itertools
@@ -44,6 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.export
+import numpy as np
 
 GITHUB = "tpuchat/tpuchat"
 IN_NOTEBOOK = "get_ipython" in globals()
@@ -65,13 +67,13 @@ if missing and IN_NOTEBOOK:  # without dependencies, pip replaces nothing that t
 #
 # A program does not say the memory that it can use, the clock of the compiler's cycles, and the
 # [published](https://jax-ml.github.io/scaling-book/tpus/) speeds. A *topology* is one chip, `v6e`, or a slice of
-# several, `v6e:2x4`. In Colab a v6e takes 3.71 compute units an hour, of $50 / 600 each; a v5e is not known here.
+# several, `v6e:2x4`. What an hour costs stands in 02, beside each `device_kind`.
 
 # %% Chips
-Chip = collections.namedtuple("Chip", "hbm clock flops bandwidth link credits")
-CHIPS = {  # bytes; cycles/s; FLOP/s in bfloat16; bytes/s of HBM, and of a link one way; Colab's units an hour
-    "v6e": Chip(31.25 * 2**30, 1.75e9, 918e12, 1.6e12, 9e10, 3.71),
-    "v5e": Chip(15.75 * 2**30, 1.5e9, 197e12, 0.82e12, 4.5e10, None),
+Chip = collections.namedtuple("Chip", "kind hbm clock flops bandwidth link")
+CHIPS = {  # jax's device_kind; bytes; cycles/s; FLOP/s in bfloat16; bytes/s of HBM, and of a link one way
+    "v6e": Chip("TPU v6 lite", 31.25 * 2**30, 1.75e9, 918e12, 1.6e12, 9e10),
+    "v5e": Chip("TPU v5 lite", 15.75 * 2**30, 1.5e9, 197e12, 0.82e12, 4.5e10),
 }
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}  # chips: shape
 
@@ -355,6 +357,128 @@ def smaller_batch(config, topology, needed):
         else:
             print(f"what fits: --device_batch_size {batch} --total_batch_size {total}, in {rows // batch} passes")
             return batch
+
+
+# %% [markdown]
+# ## Plan a budget
+#
+# What is the best model for twelve credits? A larger one learns more from each token, and sees fewer of them. `plan`
+# asks the compiler how long a step of each size takes, and gives the size the tokens that the budget pays for. With $N$
+# weights in matrices and head, and $C$ FLOPs,
+#
+# $$\text{bits per byte} = E(\epsilon C) \, (1 + \kappa \ln^2 (N / N^*)), \qquad N^* = \sqrt{\epsilon C / (6 r)}$$
+#
+# $E$ is the best that [nanochat](https://github.com/karpathy/nanochat) reached on FineWeb-Edu, at $r = 10.7$ tokens for
+# each of these weights. Its versions differ by 0.02 and more, and it has nothing beyond $10^{19}$ FLOPs. The curvature
+# $\kappa$, and the share $\epsilon$ of its FLOPs with which 06 learns as much as AdamW does, are
+# [measured](https://github.com/tpuchat/tpuchat/blob/main/docs/budget.md) here, with tiny models. Trust the order of the
+# rows more than their values.
+
+
+# %% Plan a budget
+FRONTIER = {1e18: 0.897, 2e18: 0.862, 5e18: 0.829, 1e19: 0.800}  # FLOPs: bits per byte at the best size
+RATIO = 10.7  # tokens for each weight there; 10.3 to 11.2
+CURVATURE = 0.02
+SHARE = {"02_train.py": 0.6, "04_maxtext.py": 0.6, "06_recipe.py": 1.0}
+START = 300  # seconds until the first step; nobody has measured them on a TPU
+SIZES = {"02_train.py": (4, 6, 8, 12, 16), "04_maxtext.py": (4,), "06_recipe.py": (4, 6, 8, 12, 16)}  # n_head
+
+
+def expected_bpb(flops, size):
+    """Returns the bits per byte to expect of a `size`, weights in matrices and head, trained with so many FLOPs."""
+    slope, at_one = np.polyfit(np.log([*FRONTIER]), np.log([*FRONTIER.values()]), 1)
+    best = math.sqrt(flops / 6 / RATIO)
+    return math.exp(at_one + slope * math.log(flops)) * (1 + CURVATURE * math.log(size / best) ** 2)
+
+
+def plan_config(nb, n_head):
+    """Returns the Config of a size as its notebook trains it on a v6e; the learning rate follows 1/√D."""
+    config, recipe = nb.Config(), nb.Config.notebook == "06_recipe.py"  # which takes larger steps on an accelerator
+    rate = (0.01 if recipe else config.learning_rate) * (config.n_head / n_head) ** 0.5
+    tokens = 131_072 if recipe else config.tokens_per_step
+    return config.replace(n_head=n_head, learning_rate=float(f"{rate:.3g}"), total_batch_size=tokens)
+
+
+def plan_row(chip, config):
+    """Returns what a budget needs to know of a Config on a chip, a dict, or None if no batch of it fits."""
+    nb = sys.modules[type(config).__module__]
+    try:
+        compiled, answer = compile_and_estimate(config, chip)
+    except CompileError as error:
+        batch = smaller_batch(on_topology(config, chip), chip, explain(error)[1] or math.inf)
+        if not batch:
+            return None
+        config = config.replace(device_batch_size=batch)
+        compiled, answer = compile_and_estimate(config, chip)
+    counts, pace = nb.count_params(config), answer.seconds / config.tokens_per_step
+    return {
+        "name": f"{config.notebook[:2]}, n_head {config.n_head}", "config": config, "parameters": counts["total"],
+        "size": counts["attn"] + counts["mlp"] + counts["lm_head"], "flops": nb.flops_per_token(config),
+        "peak": compiled.peak, "seconds": answer.seconds, "rest": START + config.final_eval_tokens * pace / 3,
+        "pace": pace * (1 + config.eval_tokens / 3 / config.eval_interval / config.tokens_per_step),
+    }  # fmt: skip
+
+
+def expect(row, hours):
+    """Returns (tokens, bits per byte) of a size after so many hours. An evaluated token takes a third of a trained."""
+    tokens = max(0.0, (0.995 * 3600 * hours - row["rest"]) / row["pace"])
+    share = SHARE[row["config"].notebook]
+    return tokens, expected_bpb(tokens * row["flops"] * share, row["size"]) if tokens else math.inf
+
+
+def show_plan(rows, chip, hours, price):
+    """Prints the table of a budget, and how to start the best size."""
+    cost, far = f", {hours * price:.4g} credits" if price else "", False
+    print(f"\n{chip}, {hours:.2f} hours{cost}: the compiler's estimates, and the bits per byte that the law expects")
+    print(f"{'size':14} weights  ms/step    tok/s   batch    GiB    tokens  a weight  bits per byte")
+    for row in rows:
+        config, (tokens, bpb) = row["config"], expect(row, hours)
+        beyond, rate, gib = tokens * row["flops"] > max(FRONTIER), 1 / row["pace"], row["peak"] / 2**30
+        line = f"{row['name']:14}{row['parameters'] / 1e6:7,.0f}M {1e3 * row['seconds']:8.1f} {rate:8,.0f} "
+        line += f"{config.device_batch_size:>4} × {config.grad_accum_steps:<2}{gib:6.2f} {tokens / 1e9:8.2f}B "
+        print(f"{line}{tokens / row['size']:9.1f} {bpb:14.3f}{'*' * beyond}")
+        far |= beyond
+    print("* beyond the law's last point\n" * far, end="")
+    config = min(rows, key=lambda row: expect(row, hours)[1])["config"]
+    default = plan_config(sys.modules[type(config).__module__], type(config)().n_head)
+    names = ("n_head", "learning_rate", "device_batch_size")
+    changes = "".join(f" --{x} {getattr(config, x)}" for x in names if getattr(config, x) != getattr(default, x))
+    if config.device_batch_size != default.device_batch_size:
+        changes += f" --total_batch_size {config.tokens_per_step}"
+    amount = f"--credits {hours * price:.4g}" if price else f"--hours {hours:.4g}"
+    print(f"take    python {config.notebook}{changes} {amount}")
+
+
+def plan(chip="v6e", credits=(), hours=(), price=None, sizes=SIZES):
+    """Prints a table of sizes for each budget, and draws what to expect. price: credits of an hour, where 02 has none;
+    sizes: {notebook: heads}. Returns the path of the picture. Raises InputError."""
+    from matplotlib.figure import Figure
+
+    notebooks = {name: load_notebook(name) for name in sizes}
+    price = price or next(iter(notebooks.values())).UNITS.get(CHIPS[chip].kind)
+    if credits and not price:
+        raise InputError(f"credits={credits[0]}: the price of a {chip} is not known; add --price, credits of an hour")
+    budgets = [*(amount / (price or 1) for amount in credits), *hours]
+    if short := [budget for budget in budgets if 3600 * budget < 3 * START]:
+        raise InputError(f"hours={short[0]:.3g}: a plan needs {3 * START / 3600}; {START} s pass before the first step")
+    configs = [plan_config(notebooks[name], n) for name, heads in sizes.items() for n in heads]
+    print(f"plan    compiles {len(configs)} sizes for a {chip}; each takes minutes", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rows = [row for row in pool.map(lambda config: plan_row(chip, config), configs) if row]
+    if not rows:
+        raise InputError(f"topology={chip!r}: none of these sizes fits it")
+    for budget in budgets:
+        show_plan(rows, chip, budget, price)
+    panel, amounts = Figure(figsize=(7, 4), layout="constrained").subplots(), np.geomspace(0.5, 200, 200)
+    for row in rows:
+        panel.plot(amounts * (price or 1), [expect(row, x)[1] for x in amounts], label=row["name"])
+    panel.set(xscale="log", xlabel="credits" if price else "hours", ylabel="expected bits per byte", ylim=(0.65, 1))
+    panel.legend(fontsize=8)
+    path = Path("runs", f"plan-{chip}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    panel.figure.savefig(path, dpi=110)
+    print(f"picture {path}")
+    return path
 
 
 # %% [markdown]
@@ -647,16 +771,18 @@ def explain(error):
 def describe(config, chip, compiled, answer, rate, mfu):
     """Prints the memory of a step on each chip, its time, what they mean for the run, and where the time goes."""
     tokens, several = config.tokens_per_step, config.devices > 1
-    if config.credits and not chip.credits:
+    nb = sys.modules[type(config).__module__]
+    units = nb.UNITS.get(chip.kind, 0)
+    if config.credits and not units:
         raise InputError(f"credits={config.credits}: the price of this chip is not known; give hours")
-    budget = config.hours or config.credits and config.credits / chip.credits / config.devices  # hours
+    budget = config.hours or config.credits and config.credits / units / config.devices  # hours
     steps = int(3600 * budget / answer.seconds) or config.total_steps
     peak, hbm, arguments = (size / 2**30 for size in (compiled.peak, chip.hbm, compiled.arguments))
     print(f"fits    {peak:.2f} GiB of {hbm:.2f} at the peak, {arguments:.2f} of them weights, moments and tokens")
     each = f", {rate / config.devices:,.0f} a chip" if several else ""
     print(f"time    {1e3 * answer.seconds:.1f} ms a step of {tokens:,} tokens: {rate:,.0f} tok/s{each}, MFU {mfu:.1%}")
     hours = steps * answer.seconds / 3600
-    price = f", {c:,.1f} credits, ${c * 50 / 600:,.2f}" if (c := hours * (chip.credits or 0)) and not several else ""
+    price = f", {c:,.1f} credits, ${c * nb.UNIT_DOLLARS:,.2f}" if (c := hours * units) and not several else ""
     print(f"run     {steps:,} steps, {steps * tokens / 1e9:,.2f}B tokens: {hours:,.2f} hours{price}, of training alone")
     if several:
         sent, exposed, share = 1e3 * answer.sent, 1e3 * answer.exposed, answer.exposed / answer.seconds
@@ -684,7 +810,9 @@ def show_parts(tables):
 USAGE = """05_preflight.py [NOTEBOOK] [TOPOLOGY ...] [OPTION ...] asks the TPU's compiler about the train step of
 NOTEBOOK (02_train.py) on each TOPOLOGY: v6e, v5e, all of them, or a slice such as v6e:2x4. Options besides its
 Config's: --scaling CHIP compiles for 1, 8 and 64 chips, and draws it; --trace RUN_DIR prints where the time of a run
-went; --preset NAME begins with a named Config. Exit status: 0 if every step fits, 1 if not, 2 for a wrong option."""
+went; --preset NAME begins with a named Config. Exit status: 0 if every step fits, 1 if not, 2 for a wrong option.
+05_preflight.py plan [v6e | v5e] --credits C [C ...] or --hours H [H ...] prints what each size can learn with a budget;
+--price P: credits of an hour, for a chip without a known price."""
 
 
 def parse_command(argv):
@@ -705,9 +833,29 @@ def parse_command(argv):
     return notebook, topologies, options, ["--help"] if options.help else rest
 
 
+def parse_plan(argv):
+    """Returns the arguments of plan, a dict. Raises InputError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("chip", nargs="?", choices=CHIPS, default="v6e")
+    for name in ("--credits", "--hours"):
+        parser.add_argument(name, nargs="+", type=float, default=[])
+    parser.add_argument("--price", type=float)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error} (--help lists the options)") from error
+    numbers = [*options.credits, *options.hours, *([] if options.price is None else [options.price])]
+    if rest or not options.credits + options.hours or not all(0 < x < math.inf for x in numbers):
+        raise InputError(f"plan {' '.join(argv)}: give --credits or --hours, above 0, such as: plan --credits 12")
+    return vars(options)
+
+
 def main(argv):
     """Does what the command line asks. Returns the exit status; a wrong option is one line on stderr, and 2."""
     try:
+        if argv[:1] == ["plan"] and "--help" not in argv:
+            plan(**parse_plan(argv[1:]))
+            return 0
         notebook, topologies, options, rest = parse_command(argv)
         nb, path = load_notebook(notebook), Path(options.trace or "", "config.json")
         if options.preset and options.preset not in (presets := getattr(nb, "PRESETS", ())):
@@ -731,9 +879,10 @@ def main(argv):
 # %% [markdown]
 # # Part III: run
 #
-# As a script: `python 05_preflight.py 02_train.py v6e:2x4 --mesh 1x8`. OPTIONS are the same as there. TOPOLOGIES are
-# one or several of `v6e`, `v5e` and slices such as `v6e:2x4`. SCALING asks about 1, 8 and 64 chips: that takes minutes.
-# TRACE is a run folder, which may come from another machine.
+# As a script: `python 05_preflight.py 02_train.py v6e:2x4 --mesh 1x8`, or `python 05_preflight.py plan --credits 12`.
+# OPTIONS are the same as there. TOPOLOGIES are one or several of `v6e`, `v5e` and slices such as `v6e:2x4`. SCALING
+# asks about 1, 8 and 64 chips: that takes minutes. TRACE is a run folder, which may come from another machine. CREDITS
+# above 0 plans a budget of a v6e: that compiles eleven models.
 
 # %% As a script tags=["run"]
 jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free: the compiler needs none
@@ -757,3 +906,10 @@ if SCALING and (picture := scaling(config, SCALING)):
     from IPython.display import Image, display
 
     display(Image(str(picture)))
+
+# %% Plan tags=["run"]
+CREDITS = 0  # @param {type: "number"}
+if CREDITS:
+    from IPython.display import Image, display
+
+    display(Image(str(plan(credits=[CREDITS]))))

@@ -4,9 +4,9 @@
     python benchmarks/isoflop.py run 02 --dataset /tmp/free      # a line of isoflop.jsonl a run
     python benchmarks/isoflop.py fit                             # the fits with their errors, and isoflop.png
 
-The sizes have about the shape of the reference, D / L = 64 to 96, heads of 32: five widths around the expected optimum of
-each budget. A run has 2,048 tokens a step, T = 256, and a learning rate that falls with √D. Runs that stand in the file
-are not run again; a run takes one core, so start one process a core.
+The sizes have about the shape of the reference, D / L = 64 to 96, and heads of 32. A run has 2,048 tokens a step,
+T = 256, and a learning rate that falls with √D. Runs that stand in the file are not run again; a run takes one core, so
+start one process a core.
 
 The *size* of a model is that of its matrices and its head, as nanochat counts it. For each budget a parabola in its
 logarithm is fitted to bits per byte, and errors are those of 1,000 fits to values with the noise of the residuals.
@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from common import embedded_data, load
 
-BUDGETS = {8e12: (64, 96, 128, 160, 192), 1.8e13: (64, 96, 128, 160, 192), 4e13: (96, 128, 160, 192, 256)}  # FLOPs: D
+WIDTHS = 64, 96, 128, 160, 192
+BUDGETS = {8e12: (32, *WIDTHS), 1.6e13: WIDTHS, 3.2e13: WIDTHS}  # FLOPs: D
 NOTEBOOKS = {"02": "02_train.py", "06": "06_recipe.py"}
 
 
@@ -70,7 +71,7 @@ def run(args):
             with args.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(
-                f"{args.recipe} {budget:.0e} FLOPs, D = {width}: {row['bpb']:.4f} bpb, {row['seconds']:.0f} s",
+                f"{args.recipe} {budget:.1e} FLOPs, D = {width}: {row['bpb']:.4f} bpb, {row['seconds']:.0f} s",
                 flush=True,
             )
 
@@ -108,10 +109,10 @@ def fit(args):
             some = sorted((row["size"], row["bpb"], row["tokens"]) for row in rows if row["budget"] == budget)
             size, error = np.exp(values[0, 0]), np.std(np.exp(values[1:, 0]))
             tokens = np.exp(np.interp(math.log(size), *np.log([(s, t) for s, _, t in some]).T))
-            print(f"| {budget:.0e} | {size / 1e6:.2f} ± {error / 1e6:.2f} | {tokens / size:.1f} | {values[0, 1]:.4f} ± "
+            print(f"| {budget:.1e} | {size / 1e6:.2f} ± {error / 1e6:.2f} | {tokens / size:.1f} | {values[0, 1]:.4f} ± "
                   f"{values[1:, 1].std():.4f} | {values[0, 2]:.4f} ± {values[1:, 2].std():.4f} |")  # fmt: skip
             (line,) = panel.plot(
-                [s / 1e6 for s, *_ in some], [bpb for _, bpb, _ in some], "o", label=f"{budget:.0e} FLOPs"
+                [s / 1e6 for s, *_ in some], [bpb for _, bpb, _ in some], "o", label=f"{budget:.1e} FLOPs"
             )
             x = np.linspace(*np.log([some[0][0], some[-1][0]]), 50)
             panel.plot(np.exp(x) / 1e6, values[0, 1] + values[0, 2] * (x - values[0, 0]) ** 2, color=line.get_color())

@@ -450,3 +450,70 @@ def test_an_instruction_lasts_until_the_next(preflight):
     events = [(1, 0, 100, "loop"), (1, 20, 60, "dot"), (1, 90, 95, "add"), (2, 200, 210, "dot")]
     assert preflight.times_of(events, pool=False) == {"loop": 20, "dot": 40 + 10, "add": 5}
     assert preflight.times_of(events[::-1], pool=True) == {"loop": 20, "dot": 70 + 10, "add": 5}
+
+
+def test_the_law_of_a_plan(preflight):
+    """The best size has the frontier's bits per byte; one that is e times as large, or as small, loses the curvature."""
+    for flops, bpb in preflight.FRONTIER.items():
+        best = math.sqrt(flops / 6 / preflight.RATIO)
+        values = [preflight.expected_bpb(flops, size) for size in (best / math.e, best, best * math.e)]
+        assert values[1] == pytest.approx(bpb, abs=0.004)  # the four points are not quite on a line
+        assert values[0] == values[2] == pytest.approx(values[1] * (1 + preflight.CURVATURE))
+
+
+def test_a_plan_names_the_best_size_and_how_to_start_it(preflight, tmp_path, monkeypatch, capsys):
+    """Steps run at 40% MFU; the largest size fits with half of the batch. The command is one that the notebook takes."""
+
+    def estimate(config, chip):
+        nb = sys.modules[type(config).__module__]
+        if config.n_head == 12 and config.device_batch_size > 2:
+            raise preflight.CompileError("Used 40.0G of 31.25G hbm")
+        seconds = nb.flops_per_token(config) * config.tokens_per_step / 918e12 / 0.4
+        return SimpleNamespace(peak=2**33), SimpleNamespace(seconds=seconds)
+
+    def smaller(config, topology, needed):
+        assert needed == 40 * 2**30
+        return 2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "compile_and_estimate", estimate)
+    monkeypatch.setattr(preflight, "smaller_batch", smaller)
+    picture = preflight.plan(credits=[3, 300], hours=[7], sizes={"02_train.py": (4, 8, 12), "06_recipe.py": (8,)})
+    assert picture.stat().st_size > 10_000
+    tables = capsys.readouterr().out.split("\nv6e, ")[1:]
+    assert [table.split(":")[0] for table in tables] == [
+        "0.81 hours, 3 credits", "80.86 hours, 300 credits", "7.00 hours, 25.97 credits",
+    ]  # fmt: skip
+    for table, notebook in zip(tables, ("06_recipe.py", "02_train.py", "06_recipe.py"), strict=True):
+        rows = re.findall(r"^(0\d), n_head (\d+) .* ([\d.]+)(\*?)$", table, re.M)
+        assert len(rows) == 4
+        best = min(rows, key=lambda row: float(row[2]))
+        name, options = re.search(r"^take    python (\S+) (.*)$", table, re.M).groups()
+        nb = preflight.load_notebook(name)
+        config = nb.parse_args(options.split(), nb.Config())
+        assert name == notebook and (best[0], int(best[1])) == (name[:2], config.n_head)
+        assert (config.device_batch_size == 2) == (config.n_head == 12) and (config.credits or config.hours)
+        assert all(row[3] for row in rows) == table.startswith("80.86")  # far beyond the law's last point
+
+
+@compiles
+def test_a_row_of_a_plan_is_what_the_compiler_says(preflight):
+    nb = preflight.load_notebook("02_train.py")
+    config = nb.Config().replace(**SMALL)
+    row, report = preflight.plan_row("v6e", config), preflight.preflight(config)
+    assert (row["seconds"], row["peak"]) == (report["seconds"], report["peak"]) and row["config"] == config
+    tokens, _ = preflight.expect(row, 1)
+    assert tokens * row["seconds"] / config.tokens_per_step < 3600 - preflight.START
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("", "plan : give --credits or --hours"), ("--credits 0", "plan --credits 0: give --credits or --hours, above 0"),
+    ("--hours nan", "plan --hours nan: give"), ("--credits x", "argument --credits: invalid float value: 'x'"),
+    ("v7 --hours 3", "argument chip: invalid choice: 'v7'"), ("--hours 3 --foo", "plan --hours 3 --foo: give"),
+    ("v5e --credits 12", "credits=12.0: the price of a v5e is not known; add --price"),
+    ("--hours 0.1", "hours=0.1: a plan needs 0.25; 300 s pass before the first step"),
+])  # fmt: skip
+def test_a_wrong_plan_is_refused_in_a_line(preflight, capsys, words, message):
+    assert preflight.main(["plan", *words.split()]) == 2
+    out, error = capsys.readouterr()
+    assert not out and error.count("\n") == 1 and error.startswith(f"error: {message}")

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from common import embedded_data, load
 
-WIDTHS = 64, 96, 128, 160, 192
-BUDGETS = {8e12: (32, *WIDTHS), 1.6e13: WIDTHS, 3.2e13: WIDTHS}  # FLOPs: D
+WIDTHS = 64, 96, 128, 160  # D
+BUDGETS = {4e12: (32, *WIDTHS), 8e12: (32, *WIDTHS, 192), 1.6e13: (*WIDTHS, 192)}  # FLOPs
 NOTEBOOKS = {"02": "02_train.py", "06": "06_recipe.py"}
 
 
@@ -100,10 +100,10 @@ def fits(rows, draws=1000):
 def fit(args):
     from matplotlib.figure import Figure
 
-    panels = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2, sharey=True)
+    panels, best = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2, sharey=True), {}
     for panel, recipe in zip(panels, NOTEBOOKS, strict=True):
         rows = [row for row in read(args.results) if row["recipe"] == recipe]
-        found = fits(rows)
+        found = best[recipe] = fits(rows)
         print(f"{recipe}: | FLOPs | best size, million | its tokens a parameter | bits per byte | curvature |")
         for budget, values in found.items():
             some = sorted((row["size"], row["bpb"], row["tokens"]) for row in rows if row["budget"] == budget)
@@ -121,8 +121,14 @@ def fit(args):
                 y = np.array([values[:, column] for values in found.values()])
                 slopes = np.polyfit(np.log([*found]), y if column == 0 else np.log(y), 1)[0]
                 print(f"{recipe}: {name}{slopes[0]:.3f} ± {slopes[1:].std():.3f}")
+        print(f"{recipe}: curvature / bits per byte {np.mean([v[0, 2] / v[0, 1] for v in found.values()]):.4f}")
         panel.set(xscale="log", title=f"{recipe}", xlabel="size: matrices and head, million parameters")
         panel.legend()
+    logs = {recipe: np.log([values[:, 1] for values in found.values()]) for recipe, found in best.items()}
+    slopes = [np.polyfit(np.log([*best["06"]]), y, 1)[0] for y in logs.values()]
+    needed = np.exp((logs["06"] - logs["02"]) / np.mean(slopes, axis=0))  # FLOPs of 02 over those of 06, same bpb
+    for budget, values in zip(best["06"], needed, strict=True):
+        print(f"{budget:.1e} FLOPs: 02 needs {values[0]:.2f} ± {values[1:].std():.2f} times those of 06")
     panels[0].set_ylabel("bits per byte")
     panels[0].figure.savefig(args.results.with_suffix(".png"), dpi=110)
 

@@ -4063,7 +4063,7 @@ class Training:
             with self.log.watching("the time spent"):
                 (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
                 (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
-        if self.budget and self.plan["falls"] and step - self.first_step in (0, 20) and self.first_step:
+        if self.budget and self.plan["falls"] and step - self.first_step in (0, 32) and self.first_step:
             self.move_end()  # the break has cost time, too, and this machine may be another one
 
     def work(self):
@@ -4071,9 +4071,9 @@ class Training:
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.log.done):
             self.asked.append("SIGTERM")
         while self.todo:
-            started = time.perf_counter()
+            started = self.log.times.total()  # not the steps that the device has yet to do
             getattr(self, self.todo[0])()
-            took = time.perf_counter() - started
+            took = self.log.times.total() - started
             self.took[self.todo[0]] = min(took, self.took.get(self.todo[0], took))  # the first time compiles
             self.todo = self.todo[1:]
         if self.asked and not self.finished:
@@ -4149,15 +4149,11 @@ class Training:
         return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
 
     def measure(self):
-        """Notes in the plan what a step takes: the mean of this session, or where they differ by more than 5% that of
-        the newest steps, since the machine has changed."""
+        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more."""
         self.plan["took"] |= self.took
         done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
-        before = [(n, s) for n, s in self.measured if n <= done - 20]
-        if before:
-            (first, start), (last, newest) = before[0], before[-1]
-            pace, recent = (seconds - start) / (done - first), (seconds - newest) / (done - last)
-            self.plan["pace"] = recent if abs(recent / pace - 1) > 0.05 else pace
+        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8)]:
+            self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
         self.measured.append((done, seconds))
 
     def rehearse(self):

@@ -385,10 +385,13 @@ SIZES = {"02_train.py": (4, 6, 8, 12, 16), "04_maxtext.py": (4,), "06_recipe.py"
 
 
 def expected_bpb(flops, size):
-    """Returns the bits per byte to expect of a `size`, weights in matrices and head, trained with so many FLOPs."""
+    """Returns the bits per byte to expect of a `size`, weights in matrices and head, trained with so many FLOPs; inf
+    where the law does not reach."""
     slope, at_one = np.polyfit(np.log([*FRONTIER]), np.log([*FRONTIER.values()]), 1)
-    best = math.sqrt(flops / 6 / RATIO)
-    return math.exp(at_one + slope * math.log(flops)) * (1 + CURVATURE * math.log(size / best) ** 2)
+    away = math.log(size / math.sqrt(flops / 6 / RATIO))
+    if not -1.25 < away < 2:  # measured from -0.8 to 1.8; below -1.3 the law would say that more tokens hurt
+        return math.inf
+    return math.exp(at_one + slope * math.log(flops)) * (1 + CURVATURE * away**2)
 
 
 def plan_config(nb, n_head):
@@ -436,16 +439,23 @@ def show_plan(rows, chip, hours, price):
         beyond, rate, gib = tokens * row["flops"] > max(FRONTIER), 1 / row["pace"], row["peak"] / 2**30
         line = f"{row['name']:14}{row['parameters'] / 1e6:7,.0f}M {1e3 * row['seconds']:8.1f} {rate:8,.0f} "
         line += f"{config.device_batch_size:>4} × {config.grad_accum_steps:<2}{gib:6.2f} {tokens / 1e9:8.2f}B "
-        print(f"{line}{tokens / row['size']:9.1f} {bpb:14.3f}{'*' * beyond}")
+        print(f"{line}{tokens / row['size']:9.1f} {f'{bpb:.3f}' if bpb < math.inf else '-':>14}{'*' * beyond}")
         far |= beyond
     print("* beyond the law's last point\n" * far, end="")
-    config = min(rows, key=lambda row: expect(row, hours)[1])["config"]
+    best = min(rows, key=lambda row: expect(row, hours)[1])
+    (tokens, bpb), config = expect(best, hours), best["config"]
+    if bpb == math.inf:
+        print("take    none of them: the best size is far smaller or larger")
+        return
     default = plan_config(sys.modules[type(config).__module__], type(config)().n_head)
     names = ("n_head", "learning_rate", "device_batch_size")
     changes = "".join(f" --{x} {getattr(config, x)}" for x in names if getattr(config, x) != getattr(default, x))
     if config.device_batch_size != default.device_batch_size:
         changes += f" --total_batch_size {config.tokens_per_step}"
-    amount = f"--credits {hours * price:.4g}" if price else f"--hours {hours:.4g}"
+    if tokens > 2.5e9:  # the 50 shards of the default have about as many, and would be read again
+        changes += " --num_shards -1"
+    known = sys.modules[type(config).__module__].UNITS.get(CHIPS[chip].kind)  # else a run asks for hours
+    amount = f"--credits {hours * price:.4g}" if known else f"--hours {hours:.4g}"
     print(f"take    python {config.notebook}{changes} {amount}")
 
 

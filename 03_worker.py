@@ -3301,13 +3301,18 @@ def warmdown_step(config):
     return max(32, config.total_steps - round(config.warmdown_ratio * config.total_steps))
 
 
+def due_at_warmdown(config):
+    """Returns what is done when the warmdown of a run with a budget begins: one of each is measured."""
+    return [name for name in WORK if name != "evaluate" or config.eval_interval]
+
+
 def work_after(config, done):
     """Returns what is due after `done` steps, in this order: evaluate, sample, save, move_end. With a budget the end is
-    moved after 32, 64, 128, … steps, 32 before the warmdown is due, and for the last time when it begins."""
+    moved after 32, 64, 128, … steps, 32 before the warmdown is due, and when it begins."""
     intervals = config.eval_interval, config.sample_interval, config.save_interval
     falls = warmdown_step(config) if config.hours or config.credits else 0
     if done == falls < config.total_steps:
-        return [name for name in WORK if name != "evaluate" or config.eval_interval]
+        return due_at_warmdown(config)
     work = [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
     return work + ["move_end"] * (32 <= done < falls and (done & (done - 1) == 0 or done == falls - 32))
 
@@ -4019,6 +4024,8 @@ class Training:
         with contextlib.suppress(OSError, ValueError):  # steps that a kill has lost took time, too
             self.before = max(self.before, float((self.run / "spent").read_text()) if checkpoint else 0.0)
         self.plan = self.meta.get("plan")
+        if self.plan:  # the first version had no times of the work
+            self.plan = {"pace": self.plan.get("every"), "took": {}} | self.plan
         if self.budget:
             if not self.plan:
                 self.first_plan()
@@ -4180,7 +4187,7 @@ class Training:
         if step == self.first_step:
             jax.block_until_ready(self.state.step)
             seconds = time.perf_counter() - self.started
-            self.log.times["compiling"] = seconds - self.log.times["start"]
+            self.log.times["compiling"] = seconds - self.log.times.total()
             self.log.say(f"first step after {seconds:.1f} s, compilation included; loss {float(metrics['loss']):.3f}")
         start, stop = self.taken[1], self.loader.position
         batch = f"document {start.row} (from token {start.offset}) of training shard {start.shard} "
@@ -4191,8 +4198,10 @@ class Training:
             with self.log.watching("the time spent"):
                 (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
                 (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
-        if self.budget and self.plan["falls"] and step - self.first_step in (0, 32) and self.first_step:
-            self.move_end()  # the break has cost time, too, and this machine may be another one
+        if self.budget and (fell := self.plan["falls"]):
+            resumed = self.first_step > 0 and step - self.first_step in (0, 32)  # the break has cost time, too
+            if resumed or self.log.done == fell + max(32, fell // 8):
+                self.move_end()
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4201,8 +4210,7 @@ class Training:
         while self.todo:
             started = self.log.times.total()  # not the steps that the device has yet to do
             getattr(self, self.todo[0])()
-            took = self.log.times.total() - started
-            self.took[self.todo[0]] = min(took, self.took.get(self.todo[0], took))  # the first time compiles
+            self.took[self.todo[0]] = self.log.times.total() - started
             self.todo = self.todo[1:]
         if self.asked and not self.finished:
             self.stop()
@@ -4248,9 +4256,12 @@ class Training:
         """Sets how many steps the budget pays, from the speed of a few; an evaluated token costs a third of one."""
         config, pace = self.config, seconds_per_step(self.config)
         third = pace / 3 / config.tokens_per_step
-        last = third * max(config.final_eval_tokens, config.eval_tokens)
+        if config.final_eval_tokens == -1:
+            self.last_batches = self.read_batches(-1)
+        tokens = sum(batch[0].size for batch in self.last_batches or ()) or config.final_eval_tokens
+        last = third * max(tokens, config.eval_tokens)
         took = {"evaluate": third * config.eval_tokens}
-        self.plan = {"pace": pace, "took": took, "last": last, "rest": 0.0, "falls": False}
+        self.plan = {"pace": pace, "took": took, "last": last, "rest": 0.0, "falls": 0}
         steps, name = self.steps_left(), "credits" if config.credits else "hours"
         needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * pace + last:.0f} s"
         require(steps >= 20, name, getattr(config, name), f"is {self.budget:.1f} s, and {needed}; give more")
@@ -4287,8 +4298,8 @@ class Training:
     def rehearse(self):
         """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
         self.saver.writing.result()
-        if "sample" in self.took:
-            self.plan["rest"] = self.took["sample"] + self.took["save"] + self.saver.seconds
+        took = self.plan["took"]
+        self.plan["rest"] = took.get("sample", 0) + took.get("save", 0) + self.saver.seconds
         self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
         some = self.last_batches[:32]
         evaluate(self.config, self.state.params, some[:1])  # compiles
@@ -4305,8 +4316,13 @@ class Training:
         with log.paused(self.state, "planning"), self.interruptible():
             self.measure()
             end = done + self.steps_left(done)
-            falls = self.plan["falls"] = done >= min(warmdown_step(config), end - round(config.warmdown_ratio * end))
+            begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
+            falls = bool(self.plan["falls"]) or done >= begins
+            if falls and not self.plan["falls"] and not {"sample", "save"} <= self.plan["took"].keys():
+                self.todo = ["move_end", *due_at_warmdown(config)]  # earlier than planned: measure them first
+                return
             if falls:
+                self.plan["falls"] = self.plan["falls"] or done
                 self.rehearse()
                 end = done + self.steps_left(done)
         hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
@@ -4319,7 +4335,7 @@ class Training:
         self.state = self.state._replace(hyper=self.hyper())
         log.total = log.bar.total = end
         if falls or abs(end - total) > 0.05 * total:
-            begins = "the warmdown begins, and " * falls
+            begins = "the warmdown begins, and " * (done == self.plan["falls"])
             log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
 
     def save(self):

@@ -408,6 +408,7 @@ def plan_row(chip, config):
     try:
         compiled, answer = compile_and_estimate(config, chip)
     except CompileError as error:
+        print(f"        {config.notebook} --n_head {config.n_head}: {explain(error)[0]}", flush=True)
         batch = smaller_batch(on_topology(config, chip), chip, explain(error)[1] or math.inf)
         if not batch:
             return None
@@ -436,25 +437,26 @@ def show_plan(rows, chip, hours, price):
     print(f"{'size':14} weights  ms/step    tok/s   batch    GiB    tokens  a weight  bits per byte")
     for row in rows:
         config, (tokens, bpb) = row["config"], expect(row, hours)
-        beyond, rate, gib = tokens * row["flops"] > max(FRONTIER), 1 / row["pace"], row["peak"] / 2**30
+        rate, gib = 1 / row["pace"], row["peak"] / 2**30
+        beyond = not min(FRONTIER) < tokens * row["flops"] * SHARE[config.notebook] < max(FRONTIER)
         line = f"{row['name']:14}{row['parameters'] / 1e6:7,.0f}M {1e3 * row['seconds']:8.1f} {rate:8,.0f} "
         line += f"{config.device_batch_size:>4} × {config.grad_accum_steps:<2}{gib:6.2f} {tokens / 1e9:8.2f}B "
         print(f"{line}{tokens / row['size']:9.1f} {f'{bpb:.3f}' if bpb < math.inf else '-':>14}{'*' * beyond}")
         far |= beyond
-    print("* beyond the law's last point\n" * far, end="")
+    print("* outside the law's four points, from 1e18 to 1e19 FLOPs\n" * far, end="")
     best = min(rows, key=lambda row: expect(row, hours)[1])
     (tokens, bpb), config = expect(best, hours), best["config"]
     if bpb == math.inf:
         print("take    none of them: the best size is far smaller or larger")
         return
     default = plan_config(sys.modules[type(config).__module__], type(config)().n_head)
-    names = ("n_head", "learning_rate", "device_batch_size")
+    nb, kind, names = sys.modules[type(config).__module__], CHIPS[chip].kind, ("n_head", "learning_rate")
     changes = "".join(f" --{x} {getattr(config, x)}" for x in names if getattr(config, x) != getattr(default, x))
-    if config.device_batch_size != default.device_batch_size:
-        changes += f" --total_batch_size {config.tokens_per_step}"
+    if config.device_batch_size != nb.DEVICE_BATCH.get(kind):  # else it is what the notebook takes there
+        changes += f" --device_batch_size {config.device_batch_size} --total_batch_size {config.tokens_per_step}"
     if tokens > 2.5e9:  # the 50 shards of the default have about as many, and would be read again
         changes += " --num_shards -1"
-    known = sys.modules[type(config).__module__].UNITS.get(CHIPS[chip].kind)  # else a run asks for hours
+    known = price and price == nb.UNITS.get(kind)  # of no other price does a run know the credits
     amount = f"--credits {hours * price:.4g}" if known else f"--hours {hours:.4g}"
     print(f"take    python {config.notebook}{changes} {amount}")
 
@@ -473,6 +475,7 @@ def plan(chip="v6e", credits=(), hours=(), price=None, sizes=SIZES):
         raise InputError(f"hours={short[0]:.3g}: a plan needs {3 * START / 3600}; {START} s pass before the first step")
     configs = [plan_config(notebooks[name], n) for name, heads in sizes.items() for n in heads]
     print(f"plan    compiles {len(configs)} sizes for a {chip}; each takes minutes", flush=True)
+    find_libtpu()  # which may install it: once
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         rows = [row for row in pool.map(lambda config: plan_row(chip, config), configs) if row]
     if not rows:
@@ -863,9 +866,11 @@ def parse_plan(argv):
 def main(argv):
     """Does what the command line asks. Returns the exit status; a wrong option is one line on stderr, and 2."""
     try:
-        if argv[:1] == ["plan"] and "--help" not in argv:
-            plan(**parse_plan(argv[1:]))
-            return 0
+        if argv[:1] == ["plan"]:
+            if "--help" not in argv:
+                plan(**parse_plan(argv[1:]))
+                return 0
+            argv = ["--help"]
         notebook, topologies, options, rest = parse_command(argv)
         nb, path = load_notebook(notebook), Path(options.trace or "", "config.json")
         if options.preset and options.preset not in (presets := getattr(nb, "PRESETS", ())):

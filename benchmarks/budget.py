@@ -3,10 +3,10 @@
     python benchmarks/budget.py --runs 20            # 70 minutes; a line a run, and the largest errors at the end
     taskset -c 0 python benchmarks/budget.py         # all of it on one core, which a busy process then halves
 
-Each run has 2 to 5 minutes. Every third is killed (SIGKILL) at a random moment and started again 10 seconds later; the
-break does not count. Beside every other one a process keeps a core busy, from a random moment in the first 40% on:
-before the warmdown, which nothing moves. The error is that of 02's own seconds, from the start of train to the last
-checkpoint.
+Each run has 2 to 5 minutes. Every third is killed (SIGKILL) after its first checkpoint, at a random moment, and started
+again 10 seconds later; the break does not count. Beside every other one a process keeps a core busy, from a random
+moment in the first 40% on: before the warmdown. The error is that of 02's own seconds, from the start of train to the
+last checkpoint.
 """
 
 import argparse
@@ -50,6 +50,8 @@ def run(seconds, kill, load, options):
             time.sleep(10)
             process = start(folder, seconds, options)
         printed, _ = process.communicate()
+        if kill and "resumed at step" not in printed:
+            raise SystemExit("error: there was no checkpoint before the kill")
         if process.returncode:
             raise SystemExit(f"error: 02_train.py ended with {process.returncode}")
         hours, steps = re.search(r"^cost +([\d.]+)", printed, re.M)[1], re.search(r" in ([\d,]+) steps", printed)[1]
@@ -59,13 +61,14 @@ def run(seconds, kill, load, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--longest", type=float, default=300, help="seconds of the longest budget")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", help="of 02_train.py, after --")
     args = parser.parse_args()
     rng, errors = random.Random(args.seed), []
     for number in range(args.runs):
-        seconds = rng.uniform(120, 300)
-        kill = rng.uniform(0.2, 0.9) * seconds if number % 3 == 2 else 0
+        seconds = rng.uniform(120, args.longest)
+        kill = rng.uniform(0.6, 0.95) * seconds if number % 3 == 2 else 0
         load = rng.uniform(0, 0.4) * seconds if number % 2 else 0
         spent, steps = run(seconds, kill, load, args.options)
         errors.append(spent / seconds - 1)

@@ -6,7 +6,7 @@
 
 The sizes have about the shape of the reference, D / L = 64 to 96, and heads of 32. A run has 2,048 tokens a step,
 T = 256, and a learning rate that falls with √D. Runs that stand in the file are not run again; a run takes one core, so
-start one process a core.
+start one process a core, each for one recipe.
 
 The *size* of a model is that of its matrices and its head, as nanochat counts it. For each budget a parabola in its
 logarithm is fitted to bits per byte, and errors are those of 1,000 fits to values with the noise of the residuals.
@@ -64,7 +64,8 @@ def run(args):
     nb = load(NOTEBOOKS[args.recipe])
     for budget in args.budgets:
         for width in BUDGETS[budget]:
-            wanted = {"recipe": args.recipe, "budget": budget, "width": width, "seed": args.seed}
+            wanted = {"recipe": args.recipe, "budget": budget, "width": width, "seed": args.seed,
+                      "dataset": args.dataset}  # fmt: skip
             if any(wanted.items() <= row.items() for row in read(args.results)):
                 continue
             row = wanted | train(nb, width, budget, args.seed, args.dataset)
@@ -83,9 +84,9 @@ def vertex(sizes, bpb):
     return x.mean() - b / (2 * a), c - b * b / (4 * a), a
 
 
-def fits(rows, draws=1000):
+def fits(rows, seed, draws=1000):
     """Returns {budget: [(ln size, bits per byte, curvature), …]}: the fit, then `draws` fits to noisy values."""
-    rng, found = np.random.default_rng(0), {}
+    rng, found = np.random.default_rng(seed), {}
     for budget in sorted({row["budget"] for row in rows}):
         some = [row for row in rows if row["budget"] == budget]
         if len(some) < 5:  # its runs are not done
@@ -105,7 +106,7 @@ def fit(args):
     panels, best = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2, sharey=True), {}
     for panel, recipe in zip(panels, NOTEBOOKS, strict=True):
         rows = [row for row in read(args.results) if row["recipe"] == recipe]
-        found = best[recipe] = fits(rows)
+        found = best[recipe] = fits(rows, int(recipe))
         print(f"{recipe}: | FLOPs | best size, million | its tokens a parameter | bits per byte | curvature |")
         for budget, values in found.items():
             some = sorted((row["size"], row["bpb"], row["tokens"]) for row in rows if row["budget"] == budget)

@@ -485,15 +485,15 @@ def test_a_plan_names_the_best_size_and_how_to_start_it(preflight, tmp_path, mon
         "0.81 hours, 3 credits", "80.86 hours, 300 credits", "7.00 hours, 25.97 credits",
     ]  # fmt: skip
     for table, notebook in zip(tables, ("06_recipe.py", "02_train.py", "06_recipe.py"), strict=True):
-        rows = re.findall(r"^(0\d), n_head (\d+) .* ([\d.]+)(\*?)$", table, re.M)
+        rows = re.findall(r"^(0\d), n_head (\d+) .* ([\d.]+|-)(\*?)$", table, re.M)
         assert len(rows) == 4
-        best = min(rows, key=lambda row: float(row[2]))
+        best = min(rows, key=lambda row: float(row[2].replace("-", "inf")))
         name, options = re.search(r"^take    python (\S+) (.*)$", table, re.M).groups()
         nb = preflight.load_notebook(name)
         config = nb.parse_args(options.split(), nb.Config())
         assert name == notebook and (best[0], int(best[1])) == (name[:2], config.n_head)
         assert (config.device_batch_size == 2) == (config.n_head == 12) and (config.credits or config.hours)
-        assert all(row[3] for row in rows) == table.startswith("80.86")  # far beyond the law's last point
+        assert table.startswith("0.81") or all(row[3] for row in rows) == table.startswith("80.86")  # beyond the law
 
 
 @compiles

@@ -4073,7 +4073,7 @@ class Training:
         if self.budget and (fell := self.plan["falls"]):
             resumed = self.first_step > 0 and step - self.first_step in (0, 32)  # the break has cost time, too
             if resumed or self.log.done == fell + max(32, fell // 8):
-                self.move_end()
+                self.move_end(least=0.0 if resumed else 0.05)
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4179,14 +4179,18 @@ class Training:
         evaluate(self.config, self.state.params, some)
         self.plan["last"] = (time.perf_counter() - started) * len(self.last_batches) / len(some)
 
-    def move_end(self):
-        """Sets the last step anew, by what this run has measured. In the warmdown, the learning rate falls from where
-        it is to its end along one line."""
+    def move_end(self, least=0.0):
+        """Sets the last step anew, by what this run has measured, if the pace has changed by this share at least. In
+        the warmdown, the learning rate falls from where it is to its end along one line."""
         log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
         if done == total:
             return
         with log.paused(self.state, "planning"), self.interruptible():
+            before = self.plan["pace"]
             self.measure()
+            if abs(self.plan["pace"] / before - 1) < least:
+                self.plan["pace"] = before
+                return
             end = done + self.steps_left(done)
             begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
             falls = bool(self.plan["falls"]) or done >= begins

@@ -20,19 +20,22 @@ STEP = 0.25  # seconds of a step, by the clock of these tests
 def budgeted(nb, monkeypatch):
     """A clock on which a step takes `pace` seconds, STEP by the first plan, and nothing else takes any."""
 
-    def train(folder, budget, pace=STEP, **changes):
+    def train(folder, budget, pace=STEP, later=None, rehearses=False, **changes):
         def spent(run):
             return run.before + pace * (run.log.done - run.first_step if hasattr(run, "log") else 0)
+
+        def measure(run):
+            run.plan.update(pace=later if later and run.log.done > 80 else pace, took=run.plan["took"] | run.took)
 
         def rehearse(run):
             run.plan |= {"last": 0.0, "rest": 0.0}
 
         monkeypatch.setattr(nb.Training, "spent", spent)
-        monkeypatch.setattr(
-            nb.Training, "measure", lambda run: run.plan.update(pace=pace, took=run.plan["took"] | run.took)
-        )
-        monkeypatch.setattr(nb.Training, "rehearse", rehearse)
-        config = tiny(nb, folder, log_interval=1, eval_interval=0, sample_interval=0, save_interval=0, **changes)
+        monkeypatch.setattr(nb.Training, "measure", measure)
+        if not rehearses:
+            monkeypatch.setattr(nb.Training, "rehearse", rehearse)
+        off = dict(log_interval=1, eval_interval=0, sample_interval=0, save_interval=0)
+        config = tiny(nb, folder, **off | changes)
         return nb.train(config.replace(hours=budget / 3600))
 
     monkeypatch.setattr(nb, "seconds_per_step", lambda config: STEP)
@@ -73,6 +76,26 @@ def test_the_end_moves_until_the_warmdown_begins(budgeted, tmp_path, capsys, pac
     assert values[done] == max(values) > values[done + 1] and len({*values[10 : done + 1]}) == 1
     slopes = [a - b for a, b in itertools.pairwise(values[done:])]
     assert slopes == pytest.approx([max(values) / left] * (left - 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [dict(sample_interval=20), dict(save_interval=20), {}])
+def test_a_warmdown_that_begins_early_measures_the_work_first(nb, budgeted, tmp_path, changes):
+    """Half as fast as its first steps, the run falls at once after step 32: it samples and saves there."""
+    summary = budgeted(tmp_path / "a", 20, pace=2 * STEP, rehearses=True, **changes)
+    first = tmp_path / "a" / "checkpoints" / "step_00000032"
+    assert summary["finished"] and json.loads((first / "meta.json").read_text())["todo"] == ["move_end"]
+    end = json.loads((tmp_path / "a" / "checkpoints" / f"step_{summary['step']:08d}" / "meta.json").read_text())
+    assert end["plan"]["falls"] == 32 and end["plan"]["rest"] > 0 and {"sample", "save"} <= end["plan"]["took"].keys()
+
+
+def test_a_machine_that_becomes_slower_in_the_warmdown(budgeted, tmp_path):
+    """The end moves once more if the pace has changed by 5%, and the learning rate falls on to its end."""
+    ends = {}
+    for slower in (1, 1.04, 1.5):
+        ends[slower] = budgeted(tmp_path / f"{slower}", 30, later=slower * STEP)["step"]
+        values = rates(tmp_path / f"{slower}")[60:]
+        assert values == sorted(values, reverse=True) and values[-1] < 0.1 * values[0]
+    assert ends[1] == ends[1.04] == int(0.995 * 30 / STEP) and 92 < ends[1.5] < 0.95 * ends[1]
 
 
 def test_the_work_between_steps_is_counted(nb):

@@ -33,6 +33,8 @@ def commands(text):
 
 def check_command(notebook, options):
     """Raises ValueError or FileNotFoundError if the notebook would refuse the options."""
+    if notebook.startswith("05") and options[:1] == ["plan"]:
+        return load(ROOT / notebook).parse_plan(options[1:])
     if notebook.startswith("05"):  # another notebook, chips, and options of the former
         notebook, _, own, options = load(ROOT / notebook).parse_command(options)
         if own.help:
@@ -108,6 +110,7 @@ def test_every_way_to_start_a_run_is_found():
         "python 02_train.py --trials 3",
         "python 02_train.py --preflight v6e",  # 05_preflight.py has replaced it
         "python 05_preflight.py 02_train.py v6e:2*4",
+        "python 05_preflight.py plan v6e --creditz 12",
         "python 05_preflight.py 02_train.py v6e --n_heads 6",
         "python 05_nothing.py",
         "python 07_evaluate.py runs/demo --task quick",

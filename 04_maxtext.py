@@ -4198,7 +4198,7 @@ class Training:
         with log.paused(self.state, "planning"), self.interruptible():
             before = self.plan["pace"]
             self.measure()
-            if abs(self.plan["pace"] / before - 1) < least:
+            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
                 self.plan["pace"] = before
                 return
             end = done + self.steps_left(done)

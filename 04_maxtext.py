@@ -212,6 +212,7 @@ def in_background(function):
 # %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
 import bisect
+import copy
 import ctypes
 import datetime
 import html
@@ -3906,8 +3907,6 @@ class Training:
         with contextlib.suppress(OSError, ValueError):  # steps that a kill has lost took time, too
             self.before = max(self.before, float((self.run / "spent").read_text()) if checkpoint else 0.0)
         self.plan = self.meta.get("plan")
-        if self.plan:  # the first version had no times of the work
-            self.plan = {"pace": self.plan.get("every"), "took": {}} | self.plan
         if self.budget:
             if not self.plan:
                 self.first_plan()
@@ -3919,6 +3918,7 @@ class Training:
                 with contextlib.suppress(OSError):  # a log only watches
                     shutil.copyfile(checkpoint / name, self.run / name)
         self.first_step, self.best, self.todo = self.meta["step"], self.meta.get("best"), self.meta.get("todo", [])
+        self.next_look = self.first_step + 1  # at the end, if the warmdown has begun
         describe_run(config, self.run, self.first_step)
         stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
         traced = self.first_step <= config.profile_start < stop and is_first()
@@ -4080,10 +4080,8 @@ class Training:
             with self.log.watching("the time spent"):
                 (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
                 (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
-        if self.budget and (fell := self.plan["falls"]):
-            resumed = self.first_step > 0 and step - self.first_step in (0, 32)  # the break has cost time, too
-            if resumed or self.log.done == fell + max(32, fell // 8):
-                self.move_end(least=0.0 if resumed else 0.05)
+        if self.budget and self.plan["falls"] and self.log.done >= self.next_look:
+            self.move_end(least=0.03 if step > self.first_step else 0.0)  # lost steps have cost time, too
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4158,9 +4156,9 @@ class Training:
         return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
 
     def steps_left(self, done=0):
-        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.5% of it."""
+        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.2% of it."""
         config, plan = self.config, self.plan
-        left = 0.995 * self.budget - self.spent() - plan["last"] - plan["rest"]
+        left = 0.998 * self.budget - self.spent() - plan["last"] - plan["rest"]
         every = [config.eval_interval, config.sample_interval, config.save_interval]
         work = [(plan["took"].get(name, 0), n) for name, n in zip(WORK, every) if n]
 
@@ -4170,10 +4168,11 @@ class Training:
         return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
 
     def measure(self):
-        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more."""
+        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more; in
+        the warmdown since the end was looked at, at most an eighth of what was left ago."""
         self.plan["took"] |= self.took
         done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
-        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8)]:
+        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8 * (not self.plan["falls"]))]:
             self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
         self.measured.append((done, seconds))
 
@@ -4181,7 +4180,8 @@ class Training:
         """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
         self.saver.writing.result()
         took = self.plan["took"]
-        self.plan["rest"] = took.get("sample", 0) + took.get("save", 0) + self.saver.seconds
+        took["write"] = self.saver.seconds or took.get("write", 0)  # a session that was resumed has not written
+        self.plan["rest"] = sum(took.get(name, 0) for name in ("sample", "save", "write"))
         self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
         some = self.last_batches[:32]
         evaluate(self.config, self.state.params, some[:1])  # compiles
@@ -4196,9 +4196,10 @@ class Training:
         if done == total:
             return
         with log.paused(self.state, "planning"), self.interruptible():
-            before = self.plan["pace"]
+            before, self.next_look = self.plan["pace"], done + max(32, (total - done) // 8)
             self.measure()
-            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
+            change = self.plan["pace"] / before
+            if least and agreed(abs(change - 1) < least):
                 self.plan["pace"] = before
                 return
             end = done + self.steps_left(done)
@@ -4209,7 +4210,10 @@ class Training:
                 return
             if falls:
                 self.plan["falls"] = self.plan["falls"] or done
-                self.rehearse()
+                if least:
+                    self.plan |= {"last": change * self.plan["last"], "rest": change * self.plan["rest"]}
+                else:
+                    self.rehearse()
                 end = done + self.steps_left(done)
         hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
         falling = round(config.warmdown_ratio * end)
@@ -4220,7 +4224,7 @@ class Training:
         self.plan["hyper"] = {"warmup_steps": hyper["warmup_steps"], "warmdown_steps": falling}
         self.state = self.state._replace(hyper=self.hyper())
         log.total = log.bar.total = end
-        if falls or abs(end - total) > 0.05 * total:
+        if falls and not least or abs(end - total) > 0.05 * total:
             begins = "the warmdown begins, and " * (done == self.plan["falls"])
             log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
 
@@ -4238,7 +4242,7 @@ class Training:
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
             if self.budget:
                 self.measure()
-            meta |= {"spent": self.spent(), "plan": self.plan}
+            meta |= {"spent": self.spent(), "plan": copy.deepcopy(self.plan)}  # it is written later
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
             name = self.wandb and self.wandb.id

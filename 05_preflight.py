@@ -389,7 +389,7 @@ def expected_bpb(flops, size):
     where the law does not reach."""
     slope, at_one = np.polyfit(np.log([*FRONTIER]), np.log([*FRONTIER.values()]), 1)
     away = math.log(size / math.sqrt(flops / 6 / RATIO))
-    if not -1.25 < away < 2:  # measured from -0.8 to 1.8; below -1.3 the law would say that more tokens hurt
+    if not -1.25 < away < 2:  # measured from -0.8 to 1.8, and continued a little; below -1.3 more tokens would hurt
         return math.inf
     return math.exp(at_one + slope * math.log(flops)) * (1 + CURVATURE * away**2)
 
@@ -425,7 +425,7 @@ def plan_row(chip, config):
 
 def expect(row, hours):
     """Returns (tokens, bits per byte) of a size after so many hours. An evaluated token takes a third of a trained."""
-    tokens = max(0.0, (0.995 * 3600 * hours - row["rest"]) / row["pace"])
+    tokens = max(0.0, (0.998 * 3600 * hours - row["rest"]) / row["pace"])
     share = SHARE[row["config"].notebook]
     return tokens, expected_bpb(tokens * row["flops"] * share, row["size"]) if tokens else math.inf
 

@@ -33,13 +33,14 @@
 #
 # | part | is | the demo without it, bits per byte |
 # |---|---|---|
-# | Muon | the update of a matrix, all singular values set to 1 | +0.039 |
+# | Muon, with the next two | the update of a matrix, all singular values set to 1 | +0.039 |
 # | its momentum | rises, and falls at the end | +0.008 |
 # | smear | an embedding sees the one before | +0.008 |
 # | NorMuon | rows of the update made even | +0.005 |
 # | value embeddings | a second embedding, for the values of attention | +0.004 |
 #
-# Means of three seeds at equal tokens, with standard errors of at most 0.002; the whole recipe is 0.054 below 02.
+# Means of three seeds of 800 steps, with standard errors of at most 0.002. At equal tokens the whole recipe is 0.054
+# below 02. In 93% of 02's time on a CPU core, which is 80% of the steps, it is 0.017 below.
 #
 # Press *Run all*: a CPU trains a demo of 4.7M parameters in minutes. What differs from 02_train.py comes first. All
 # cells that are copied from there follow, collapsed. The run is last.
@@ -213,6 +214,7 @@ def in_background(function):
 # %% JAX and XLA cellView="form" tags=["shared"]
 # @title JAX and XLA
 import bisect
+import copy
 import ctypes
 import datetime
 import html
@@ -749,21 +751,22 @@ def mlp(layer, x):
 # The shapes are those of 02_train.py. One option is new: `without` leaves parts out, to see what each one gives, as in
 # `python 06_recipe.py --without muon,smear`. β1, β2, ε and `weight_decay` are AdamW's, and `learning_rate` is Muon's.
 #
-# nanochat found 0.02 for steps of 524,288 tokens, and that rates follow the square root of the batch. So `for_device`
-# sets it on a TPU or a GPU, for steps of about 131,072 tokens: Muon costs the same for any batch, and in small steps it
-# would take much of the time. The demo's few short steps obey no such rule: 0.02 was its best rate (LOG.md).
+# nanochat has 0.02 for steps of 524,288 tokens, and assumes that rates follow the square root of the batch. So
+# `for_device` sets it on a TPU or a GPU, for steps of about 131,072 tokens: Muon costs the same for any batch, and in
+# small steps it would take much of the time. The demo's few short steps obey no such rule: of 0.005, 0.01, 0.02 and
+# 0.04, 0.02 was best for Muon alone.
 
 # %% Config
 # Sequences that fit a chip, by device_kind (05_preflight.py).
-DEVICE_BATCH = {"TPU v6 lite": 4}  # others were not asked about
-PARTS = "muon", "normuon", "value_embeddings", "smear"
+DEVICE_BATCH = {"TPU v6 lite": 4}  # for other chips the batch is guessed by their memory
+PARTS = "muon", "momentum", "normuon", "value_embeddings", "smear"
 WITHOUT = f"must be parts of {', '.join(PARTS)}, separated by commas", lambda value: {*value.split(",")} <= {"", *PARTS}
 
 
-def other_default(name, default):
-    """Returns the option `name` of BaseConfig with another default."""
+def other_default(name, default, **metadata):
+    """Returns the option `name` of BaseConfig with another default, or another help."""
     field = BaseConfig.__dataclass_fields__[name]
-    return dataclasses.field(default=default, compare=field.compare, metadata=field.metadata)
+    return dataclasses.field(default=default, compare=field.compare, metadata={**field.metadata, **metadata})
 
 
 @jax.tree_util.register_static
@@ -773,7 +776,8 @@ class Config(BaseConfig):
 
     notebook = "06_recipe.py"  # no field: where a checkpoint's model is defined
     aspect_ratio: int = option(64, "width over depth, D / L", POSITIVE)
-    learning_rate: float = other_default("learning_rate", 0.0025)
+    learning_rate: float = other_default("learning_rate", 0.0025)  # 0.02·√(8,192 / 524,288)
+    weight_decay: float = other_default("weight_decay", 0.1, help="of what AdamW updates: the head; Muon has none")
     run_dir: str = other_default("run_dir", "runs/recipe")
     without: str = option("", f"parts to leave out, separated by commas: {', '.join(PARTS)}", WITHOUT)
 
@@ -811,7 +815,9 @@ class Config(BaseConfig):
         if config == cls.demo().replace(compute_dtype=config.compute_dtype):
             return config
         tokens = max(1, 131_072 // config.tokens_per_pass) * config.tokens_per_pass
-        return config.replace(total_batch_size=tokens, learning_rate=0.02 * (tokens / 2**19) ** 0.5)
+        rate = 0.02 * (tokens / 2**19) ** 0.5
+        # 500 such steps take 5 minutes on a v6e (05's estimate): no more is lost with a runtime.
+        return config.replace(total_batch_size=tokens, learning_rate=rate, sample_interval=500, save_interval=500)
 
     @classmethod
     def demo(cls):
@@ -893,16 +899,17 @@ if IN_NOTEBOOK:
 # is mixed with all else. A *value embedding* is a second table of the vocabulary whose row is added to the token's
 # value, times a learned gate for each head: `v + 2·sigmoid(gate(x))·table[token]`
 # ([modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) after
-# [value residual learning](https://arxiv.org/abs/2410.17897); gates: nanochat). Every second layer has one. A lookup
-# costs no matmul, but memory: V·K·H parameters a layer, half of all at the reference's shape. The demo gains 0.004 bits
-# per byte, if the tables begin as large as the values (std 1), and nothing if they begin small.
+# [value residual learning](https://arxiv.org/abs/2410.17897); gates: nanochat). Every second layer has one. The demo
+# gains 0.004 bits per byte, with tables of std 1, as the values have, and a rate of 16e-3; it gains nothing with std
+# 1/√D and a rate of 4e-3. A lookup costs no matmul, but memory: V·K·H parameters a layer, half of all at the
+# reference's shape, and 8% of its step on a v6e. It is the first part to leave out where time or memory is short.
 
 
 # %% Value embeddings
 def value_embedding(layer, x, tokens):
-    """Returns what is added to the values of tokens [B·T], float32 [B·T, K·H]: 0 where the layer has no table.
+    """Returns what is added to the values of B·T tokens, float32 [B·T, K·H]; 0 where the layer has no table.
 
-    x: the residual stream, [B·T, D].
+    x: the residual stream, [B·T, D]; tokens: int32, [B, T] or [B·T].
     """
     if "value_embed" not in layer:
         return 0
@@ -989,11 +996,12 @@ def decode_token(config, weights, cache, tokens, position):
 # AdamW scales each number of an update by itself, as if a matrix were a list.
 # [Muon](https://kellerjordan.github.io/posts/muon/) takes the matrix as a whole: of the momentum M = U·S·Vᵀ it keeps
 # the directions, U·Vᵀ, and sets all singular values to 1. A gradient has few large singular values and many small ones.
-# Muon gives all directions steps of the same size. With AdamW in its place the demo is 0.039 bits per byte worse.
+# Muon gives all directions steps of the same size. With AdamW in its place, and so without the next two parts, the demo
+# is 0.039 bits per byte worse.
 #
 # An odd polynomial of a matrix, X ← a·X + (b·X·Xᵀ + c·(X·Xᵀ)²)·X, acts on its singular values alone. Five of them,
-# composed, map each value between 0.001 and 1 to nearly 1: only matmuls, in bfloat16. The coefficients are those of
-# [Polar Express](https://arxiv.org/abs/2505.16932): each one is made for the interval that the one before leaves.
+# composed, map each value between 0.001 and 1 to 0.87 to 1.13, by matmuls in bfloat16 alone. The coefficients are those
+# of [Polar Express](https://arxiv.org/abs/2505.16932): each one is made for the interval that the one before leaves.
 
 # %% Orthogonalize
 POLAR_EXPRESS = (
@@ -1003,8 +1011,8 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-# Above its interval a polynomial soars, and rounding to bfloat16 leads there: singular values of up to 2.6 came out
-# where at most 1.13 should. So all but the last polynomial take X / 1.01, as in the paper's listing.
+# Above its interval a polynomial soars, and rounding to bfloat16 leads there: singular values of up to 1.7 came out
+# where at most 1.13 should. So, after the paper's listing, all polynomials but the last take X / 1.01.
 ROOM = 1.01, 1.01, 1.01, 1.01, 1.0
 
 
@@ -1021,7 +1029,7 @@ def orthogonalize(x):
     x = (x / (1.01 * norm + 1e-7)).astype(jnp.bfloat16)
     for (a, b, c), room in zip(POLAR_EXPRESS, ROOM, strict=True):
         gram = dot(x, jnp.swapaxes(x, -1, -2)).astype(x.dtype)
-        # The sums are in float32 and rounded once: 1% from exact iterates, and 6 to 10% with sums in bfloat16.
+        # The sums are in float32 and rounded once: 1 to 2% from exact iterates, and 6 to 10% with sums in bfloat16.
         q = (b / room**3 * gram.astype(jnp.float32) + c / room**5 * dot(gram, gram)).astype(x.dtype)
         x = (a / room * x.astype(jnp.float32) + dot(q, x)).astype(x.dtype)
     return jnp.swapaxes(x, -1, -2) if tall else x
@@ -1039,10 +1047,11 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ### NorMuon
 #
-# After orthogonalization all directions have the same size, but rows and columns have not: some get larger updates than
-# others in step after step. [NorMuon](https://arxiv.org/abs/2510.05491) keeps a second moment, as Adam does of each
-# weight, but one number for each entry of the longer axis, and divides by its root. The norm of the whole update stays.
-# It gives the demo 0.005 bits per byte, and costs a number for each row.
+# After orthogonalization all directions have the same size, but the vectors along the longer axis have not, nor, in
+# bfloat16, those of a square matrix: some get larger updates than others in step after step.
+# [NorMuon](https://arxiv.org/abs/2510.05491) keeps a second moment, as Adam does of each weight, but one number for
+# each neuron, and divides by its root; here, as in modded-nanogpt, one for each entry of the longer axis. The norm of
+# the whole update stays. It gives the demo 0.005 bits per byte.
 
 
 # %% NorMuon
@@ -1066,11 +1075,12 @@ def even_out(x, n):
 # ### The update
 #
 # Muon's momentum rises from 0.85 to 0.95 in the first 200 steps, when gradients change fast, and falls to 0.90 in the
-# warmdown (modded-nanogpt, nanochat). At 0.95 all the time the demo is 0.008 bits per byte worse.
+# warmdown (after modded-nanogpt and nanochat). At 0.95 all the time the demo is 0.008 bits per byte worse.
 #
-# Muon takes the matrices of the layers: [D, N·H] for q, k, v and [N·H, D] for o. A matrix with more outputs than inputs
-# gets a larger step, √(columns / rows), as Muon's author has it. AdamW takes the rest: embeddings, whose gradients are
-# rows of a few tokens; the head; scalars and gates. `ADAM_RATES` has their learning rates, as shares of Muon's.
+# Muon takes the matrices of the layers: [D, N·H] for q, [D, K·H] for k and v, [N·H, D] for o, [D, F] for up, [F, D]
+# for down. One with more outputs than inputs gets a larger step, √(columns / rows), as Muon's author has it: up, twice
+# as large. AdamW takes the rest: embeddings, whose gradients are rows of a few tokens; the head; scalars and gates.
+# `ADAM_RATES` has their learning rates, as shares of Muon's; the demo was best with them.
 
 
 # %% Optimizer
@@ -1116,7 +1126,8 @@ def adam_rate(path):
 def update_params(config, state, grads, learning_rate):
     """Returns (params, mu, nu) after one update, all float32; grads may be bfloat16."""
     hyper, t = state.hyper, state.step + 1
-    b1, b2, momentum = hyper["beta1"], hyper["beta2"], momentum_at(hyper, t)
+    b1, b2 = hyper["beta1"], hyper["beta2"]
+    momentum = momentum_at(hyper, t) if config.has("momentum") else MOMENTUM[1]
 
     def muon(path, p, m, n, g):
         m = momentum * m + (1 - momentum) * g
@@ -1145,7 +1156,8 @@ def update_params(config, state, grads, learning_rate):
 # %% Norms
 @jax.jit
 def state_norms(state):
-    """Returns {'param_norm/attn': …}: the norm of each part. Muon's updates have the norms that their rates say."""
+    """Returns {'param_norm/attn': …}: the norm of each part. An update by Muon always has the same norm, so that of
+    updates is not logged: learning rate · √(columns / rows) or 1 · √(the shorter axis)."""
     squares = collections.Counter()
     for path, p in jax.tree_util.tree_leaves_with_path(state.params):
         squares[f"param_norm/{part_of(path)}"] += jnp.sum(jnp.square(p))
@@ -3869,8 +3881,6 @@ class Training:
         with contextlib.suppress(OSError, ValueError):  # steps that a kill has lost took time, too
             self.before = max(self.before, float((self.run / "spent").read_text()) if checkpoint else 0.0)
         self.plan = self.meta.get("plan")
-        if self.plan:  # the first version had no times of the work
-            self.plan = {"pace": self.plan.get("every"), "took": {}} | self.plan
         if self.budget:
             if not self.plan:
                 self.first_plan()
@@ -3882,6 +3892,7 @@ class Training:
                 with contextlib.suppress(OSError):  # a log only watches
                     shutil.copyfile(checkpoint / name, self.run / name)
         self.first_step, self.best, self.todo = self.meta["step"], self.meta.get("best"), self.meta.get("todo", [])
+        self.next_look = self.first_step + 1  # at the end, if the warmdown has begun
         describe_run(config, self.run, self.first_step)
         stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
         traced = self.first_step <= config.profile_start < stop and is_first()
@@ -4043,10 +4054,8 @@ class Training:
             with self.log.watching("the time spent"):
                 (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
                 (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
-        if self.budget and (fell := self.plan["falls"]):
-            resumed = self.first_step > 0 and step - self.first_step in (0, 32)  # the break has cost time, too
-            if resumed or self.log.done == fell + max(32, fell // 8):
-                self.move_end(least=0.0 if resumed else 0.05)
+        if self.budget and self.plan["falls"] and self.log.done >= self.next_look:
+            self.move_end(least=0.03 if step > self.first_step else 0.0)  # lost steps have cost time, too
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4121,9 +4130,9 @@ class Training:
         return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
 
     def steps_left(self, done=0):
-        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.5% of it."""
+        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.2% of it."""
         config, plan = self.config, self.plan
-        left = 0.995 * self.budget - self.spent() - plan["last"] - plan["rest"]
+        left = 0.998 * self.budget - self.spent() - plan["last"] - plan["rest"]
         every = [config.eval_interval, config.sample_interval, config.save_interval]
         work = [(plan["took"].get(name, 0), n) for name, n in zip(WORK, every) if n]
 
@@ -4133,10 +4142,11 @@ class Training:
         return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
 
     def measure(self):
-        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more."""
+        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more; in
+        the warmdown since the end was looked at, at most an eighth of what was left ago."""
         self.plan["took"] |= self.took
         done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
-        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8)]:
+        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8 * (not self.plan["falls"]))]:
             self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
         self.measured.append((done, seconds))
 
@@ -4144,7 +4154,8 @@ class Training:
         """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
         self.saver.writing.result()
         took = self.plan["took"]
-        self.plan["rest"] = took.get("sample", 0) + took.get("save", 0) + self.saver.seconds
+        took["write"] = self.saver.seconds or took.get("write", 0)  # a session that was resumed has not written
+        self.plan["rest"] = sum(took.get(name, 0) for name in ("sample", "save", "write"))
         self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
         some = self.last_batches[:32]
         evaluate(self.config, self.state.params, some[:1])  # compiles
@@ -4159,9 +4170,10 @@ class Training:
         if done == total:
             return
         with log.paused(self.state, "planning"), self.interruptible():
-            before = self.plan["pace"]
+            before, self.next_look = self.plan["pace"], done + max(32, (total - done) // 8)
             self.measure()
-            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
+            change = self.plan["pace"] / before
+            if least and agreed(abs(change - 1) < least):
                 self.plan["pace"] = before
                 return
             end = done + self.steps_left(done)
@@ -4172,7 +4184,10 @@ class Training:
                 return
             if falls:
                 self.plan["falls"] = self.plan["falls"] or done
-                self.rehearse()
+                if least:
+                    self.plan |= {"last": change * self.plan["last"], "rest": change * self.plan["rest"]}
+                else:
+                    self.rehearse()
                 end = done + self.steps_left(done)
         hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
         falling = round(config.warmdown_ratio * end)
@@ -4183,7 +4198,7 @@ class Training:
         self.plan["hyper"] = {"warmup_steps": hyper["warmup_steps"], "warmdown_steps": falling}
         self.state = self.state._replace(hyper=self.hyper())
         log.total = log.bar.total = end
-        if falls or abs(end - total) > 0.05 * total:
+        if falls and not least or abs(end - total) > 0.05 * total:
             begins = "the warmdown begins, and " * (done == self.plan["falls"])
             log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
 
@@ -4201,7 +4216,7 @@ class Training:
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
             if self.budget:
                 self.measure()
-            meta |= {"spent": self.spent(), "plan": self.plan}
+            meta |= {"spent": self.spent(), "plan": copy.deepcopy(self.plan)}  # it is written later
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]
             name = self.wandb and self.wandb.id

@@ -68,7 +68,7 @@ def main():
     rng, errors = random.Random(args.seed), []
     for number in range(args.runs):
         seconds = rng.uniform(120, args.longest)
-        kill = rng.uniform(0.6, 0.95) * seconds if number % 3 == 2 else 0
+        kill = rng.uniform(0.6, 0.8) * seconds if number % 3 == 2 else 0
         load = rng.uniform(0, 0.4) * seconds if number % 2 else 0
         spent, steps = run(seconds, kill, load, args.options)
         errors.append(spent / seconds - 1)

@@ -2,6 +2,7 @@
 
     python benchmarks/free_text.py /tmp/free                     # 24 million tokens, so that little is read twice
     python benchmarks/isoflop.py run 02 --dataset /tmp/free      # a line of isoflop.jsonl a run
+    python benchmarks/isoflop.py run 06 --dataset /tmp/free
     python benchmarks/isoflop.py fit                             # the fits with their errors, and isoflop.png
 
 The sizes have about the shape of the reference, D / L = 64 to 96, and heads of 32. A run has 2,048 tokens a step,
@@ -103,9 +104,12 @@ def fits(rows, seed, draws=1000):
 def fit(args):
     from matplotlib.figure import Figure
 
+    have = read(args.results)
+    if {row["recipe"] for row in have} != {*NOTEBOOKS} or len({row.get("dataset") for row in have}) > 1:
+        raise SystemExit(f"error: {args.results} must have runs of 02 and of 06, all on one dataset")
     panels, best = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2, sharey=True), {}
     for panel, recipe in zip(panels, NOTEBOOKS, strict=True):
-        rows = [row for row in read(args.results) if row["recipe"] == recipe]
+        rows = [row for row in have if row["recipe"] == recipe]
         found = best[recipe] = fits(rows, int(recipe))
         print(f"{recipe}: | FLOPs | best size, million | its tokens a parameter | bits per byte | curvature |")
         for budget, values in found.items():
@@ -131,6 +135,8 @@ def fit(args):
         panel.legend()
     logs = {recipe: np.log([values[:, 1] for values in found.values()]) for recipe, found in best.items()}
     slopes = [np.polyfit(np.log([*best["06"]]), y, 1)[0] for y in logs.values()]
+    if [*best["02"]] != [*best["06"]]:
+        raise SystemExit(f"error: done are {[*best['02']]} FLOPs of 02 and {[*best['06']]} of 06")
     needed = np.exp((logs["06"] - logs["02"]) / np.mean(slopes, axis=0))  # FLOPs of 02 over those of 06, same bpb
     for budget, values in zip(best["06"], needed, strict=True):
         print(f"{budget:.1e} FLOPs: 02 needs {values[0]:.2f} ± {values[1:].std():.2f} times those of 06")

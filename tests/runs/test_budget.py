@@ -71,7 +71,7 @@ def test_the_end_moves_until_the_warmdown_begins(budgeted, tmp_path, capsys, pac
     moved = re.findall(lines, capsys.readouterr().out)
     assert len(moved) == 1
     done, total, left = map(int, moved[0])
-    assert summary["step"] == total == done + left == int(0.995 * 20 / pace) and (done == 32 or pace < STEP)
+    assert summary["step"] == total == done + left == int(0.998 * 20 / pace) and (done == 32 or pace < STEP)
     values = rates(tmp_path / "a")
     assert values[done] == max(values) > values[done + 1] and len({*values[10 : done + 1]}) == 1
     slopes = [a - b for a, b in itertools.pairwise(values[done:])]
@@ -89,13 +89,13 @@ def test_a_warmdown_that_begins_early_measures_the_work_first(nb, budgeted, tmp_
 
 
 def test_a_machine_that_becomes_slower_in_the_warmdown(budgeted, tmp_path):
-    """The end moves once more if the pace has changed by 5%, and the learning rate falls on to its end."""
+    """The end moves again if the pace has changed by 3%, and the learning rate falls on to its end."""
     ends = {}
-    for slower in (1, 1.04, 1.5):
+    for slower in (1, 1.02, 1.5):
         ends[slower] = budgeted(tmp_path / f"{slower}", 30, later=slower * STEP)["step"]
         values = rates(tmp_path / f"{slower}")[60:]
         assert values == sorted(values, reverse=True) and values[-1] < 0.1 * values[0]
-    assert ends[1] == ends[1.04] == int(0.995 * 30 / STEP) and 92 < ends[1.5] < 0.95 * ends[1]
+    assert ends[1] == ends[1.02] == int(0.998 * 30 / STEP) and 92 < ends[1.5] < 0.95 * ends[1]
 
 
 def test_the_work_between_steps_is_counted(nb):
@@ -103,20 +103,29 @@ def test_the_work_between_steps_is_counted(nb):
     plan = {"pace": 1.0, "took": {"evaluate": 10.0, "save": 2.0}, "last": 20.0, "rest": 5.0}
     config = nb.Config.demo().replace(eval_interval=100, sample_interval=0, save_interval=50)
     for budget, done, steps in ((115, 0, 88), (125, 0, 98), (140, 0, 101), (140, 90, 101), (47, 195, 10), (10, 0, 1)):
-        run = SimpleNamespace(config=config, plan=plan, budget=budget / 0.995, spent=lambda: 0.0)
+        run = SimpleNamespace(config=config, plan=plan, budget=budget / 0.998, spent=lambda: 0.0)
         assert nb.Training.steps_left(run, done) == steps, (budget, done)
 
 
 def test_the_newest_steps_count(nb, monkeypatch):
-    """Those since the newest measurement that is an eighth of the session old, and 30 steps."""
-    for done, pace in ((20, 9.0), (151, 45 / 50), (180, 45 / 40), (1000, 45 / 860)):
+    """Those since the newest measurement that is an eighth of the session old, and 30 steps; in the warmdown 30 steps:
+    steps of before say nothing of a machine that has slowed down since."""
+    for done, falls, pace in (
+        (20, 0, 9.0),
+        (151, 0, 45 / 50),
+        (180, 0, 45 / 40),
+        (1000, 0, 45 / 860),
+        (172, 140, 45 / 32),
+        (400, 370, 45 / 260),
+    ):
         log = SimpleNamespace(done=done, times=SimpleNamespace(total=lambda: 30.0))
-        run = SimpleNamespace(plan={"pace": 9.0, "took": {}}, took={"save": 2.0}, log=log, first_step=0, started=0.0)
+        plan = {"pace": 9.0, "took": {}, "falls": falls}
+        run = SimpleNamespace(plan=plan, took={"save": 2.0}, log=log, first_step=0, started=0.0)
         run.measured = [(1, 0.0), (101, 100.0), (140, 100.0)]
         monkeypatch.setattr(nb.time, "perf_counter", lambda: 175.0)
         nb.Training.measure(run)
         monkeypatch.undo()
-        assert run.plan == {"pace": pytest.approx(pace), "took": {"save": 2.0}}
+        assert plan == {"pace": pytest.approx(pace), "took": {"save": 2.0}, "falls": falls}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.98])
@@ -124,7 +133,7 @@ def test_a_run_without_a_constant_rate(budgeted, tmp_path, ratio):
     """The warmdown is due before the speed is known, or never: the end moves all the same."""
     summary = budgeted(tmp_path / "a", 20, pace=STEP / 2, warmdown_ratio=ratio)
     values = rates(tmp_path / "a")
-    assert 0.9 < summary["step"] / int(0.995 * 40 / STEP) <= 1 and summary["finished"]
+    assert 0.9 < summary["step"] / int(0.998 * 40 / STEP) <= 1 and summary["finished"]
     assert values[-1] == max(values) if ratio == 0 else values[-1] < 0.1 * max(values)
     assert max(abs(a - b) for a, b in itertools.pairwise(values[5:])) < 0.05 * max(values)
 

@@ -3172,14 +3172,11 @@ def due_at_warmdown(config):
 
 
 def work_after(config, done):
-    """Returns what is due after `done` steps, in this order: evaluate, sample, save, move_end. With a budget the end is
-    moved after 32, 64, 128, … steps, 32 before the warmdown is due, and when it begins."""
+    """Returns what is due after `done` steps, in this order: evaluate, sample, save, move_end."""
     intervals = config.eval_interval, config.sample_interval, config.save_interval
-    falls = warmdown_step(config) if config.hours or config.credits else 0
-    if done == falls < config.total_steps:
+    if (config.hours or config.credits) and done == warmdown_step(config) < config.total_steps:
         return due_at_warmdown(config)
-    work = [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
-    return work + ["move_end"] * (32 <= done < falls and (done & (done - 1) == 0 or done == falls - 32))
+    return [name for name, interval in zip(WORK, intervals) if due(done, interval) or done == config.total_steps]
 
 
 def read_meta(path):
@@ -3901,6 +3898,7 @@ class Training:
             if not self.plan:
                 self.first_plan()
             self.config = config = dataclasses.replace(config, **self.plan["length"])
+            self.next_look = self.meta["step"] + (1 if self.plan["falls"] else 32)  # at the pace, and so at the end
         self.state = self.state or init_train_state(config)
         self.state = self.state._replace(hyper=self.hyper())  # it counts steps of the kept size
         for name in self.meta.get("files", ()) if is_first() else ():
@@ -3908,7 +3906,6 @@ class Training:
                 with contextlib.suppress(OSError):  # a log only watches
                     shutil.copyfile(checkpoint / name, self.run / name)
         self.first_step, self.best, self.todo = self.meta["step"], self.meta.get("best"), self.meta.get("todo", [])
-        self.next_look = self.first_step + 1  # at the end, if the warmdown has begun
         describe_run(config, self.run, self.first_step)
         stop = min(config.profile_start + config.profile_steps, config.total_steps - 1)
         traced = self.first_step <= config.profile_start < stop and is_first()
@@ -4070,8 +4067,9 @@ class Training:
             with self.log.watching("the time spent"):
                 (self.run / ".spent").write_text(f"{self.spent():.1f}\n")
                 (self.run / ".spent").replace(self.run / "spent")  # whole, also after a kill
-        if self.budget and self.plan["falls"] and self.log.done >= self.next_look:
-            self.move_end(least=0.03 if step > self.first_step else 0.0)  # lost steps have cost time, too
+        if self.budget and self.log.done >= self.next_look and "move_end" not in self.todo:
+            resumed = step == self.first_step  # the steps that a kill has lost took time, too
+            self.move_end(least=0.03 if self.plan["falls"] and not resumed else 0.0)
 
     def work(self):
         """Does what is due after the last step, unless a signal asks to stop; several processes agree on that step."""
@@ -4158,11 +4156,10 @@ class Training:
         return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
 
     def measure(self):
-        """Notes in the plan what the work takes, and what a step took in the newest eighth of this session or more; in
-        the warmdown since the end was looked at, at most an eighth of what was left ago."""
+        """Notes in the plan what the work takes, and what a step has taken since the look before: 30 steps or more."""
         self.plan["took"] |= self.took
         done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
-        if before := [x for x in self.measured if x[0] <= done - max(30, done // 8 * (not self.plan["falls"]))]:
+        if before := [x for x in self.measured if x[0] <= done - 30]:
             self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
         self.measured.append((done, seconds))
 
@@ -4180,31 +4177,30 @@ class Training:
         self.plan["last"] = (time.perf_counter() - started) * len(self.last_batches) / len(some)
 
     def move_end(self, least=0.0):
-        """Sets the last step anew, by what this run has measured, if the pace has changed by this share at least. In
-        the warmdown, the learning rate falls from where it is to its end along one line."""
+        """Sets the last step anew, by what this run has measured, if the pace has changed by this share at least. The
+        next look is after an eighth of the steps until the warmdown, or in it until the end, 32 at least. In the
+        warmdown, the learning rate falls from where it is to its end along one line."""
         log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
         if done == total:
             return
         with log.paused(self.state, "planning"), self.interruptible():
-            before, self.next_look = self.plan["pace"], done + max(32, (total - done) // 8)
+            before, until = self.plan["pace"], total if self.plan["falls"] else warmdown_step(config)
+            self.next_look = done + max(32, (until - done) // 8)
             self.measure()
-            change = self.plan["pace"] / before
-            if least and agreed(abs(change - 1) < least):
+            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
                 self.plan["pace"] = before
                 return
             end = done + self.steps_left(done)
             begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
             falls = bool(self.plan["falls"]) or done >= begins
             if falls and not self.plan["falls"] and not {"sample", "save"} <= self.plan["took"].keys():
-                self.todo = ["move_end", *due_at_warmdown(config)]  # earlier than planned: measure them first
+                self.todo = due_at_warmdown(config)  # earlier than planned: measure them first
                 return
             if falls:
                 self.plan["falls"] = self.plan["falls"] or done
-                if least:
-                    self.plan |= {"last": change * self.plan["last"], "rest": change * self.plan["rest"]}
-                else:
+                if not least:
                     self.rehearse()
-                end = done + self.steps_left(done)
+                    end = done + self.steps_left(done)
         hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
         falling = round(config.warmdown_ratio * end)
         if falls:

@@ -4204,7 +4204,8 @@ class Training:
             begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
             falls = bool(self.plan["falls"]) or done >= begins
             if falls and not self.plan["falls"] and not {"sample", "save"} <= self.plan["took"].keys():
-                self.todo = due_at_warmdown(config)  # earlier than planned: measure them first
+                this = self.todo[: "move_end" in self.todo]  # work() ends it; a look is not in the list
+                self.todo = this + due_at_warmdown(config)  # earlier than planned: measure them first
                 return
             if falls:
                 self.plan["falls"] = self.plan["falls"] or done

@@ -86,6 +86,10 @@ def test_a_warmdown_that_begins_early_measures_the_work_first(nb, budgeted, tmp_
     assert summary["finished"] and json.loads((first / "meta.json").read_text())["todo"] == ["move_end"]
     end = json.loads((tmp_path / "a" / "checkpoints" / f"step_{summary['step']:08d}" / "meta.json").read_text())
     assert end["plan"]["falls"] == 32 and end["plan"]["rest"] > 0 and {"sample", "save"} <= end["plan"]["took"].keys()
+    for step in saved_steps(tmp_path / "a")[1:]:  # as if it had been killed right after its save
+        shutil.rmtree(tmp_path / "a" / "checkpoints" / f"step_{step:08d}")
+    again = budgeted(tmp_path / "a", 20, pace=2 * STEP, rehearses=True, **changes)
+    assert again["finished"] and again["run_dir"] == str(tmp_path / "a") and again["step"] > 32
 
 
 def test_a_machine_that_becomes_slower_in_the_warmdown(budgeted, tmp_path):

@@ -4356,7 +4356,7 @@ class Training:
             self.finished = self.log.done == self.config.total_steps and not todo
             meta = {"finished": self.finished, "todo": todo, "best": self.best, "data": self.data}
             if self.budget:
-                self.measure()
+                self.plan["took"] |= self.took
             meta |= {"spent": self.spent(), "plan": copy.deepcopy(self.plan)}  # it is written later
             if self.best and self.best["step"] == self.log.done:
                 meta["val_loss"] = self.validated["loss"]

@@ -618,15 +618,21 @@ def load_notebook(name):
     url = path.as_uri() if path else web
     try:
         text = urllib.request.urlopen(url, timeout=30).read().decode()
-    except (OSError, ValueError) as error:
-        raise InputError(f"notebook={name!r}: there is no such file here, and none at {url} ({error})") from error
-    run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
-    cells = re.split(r"^(?=# %%)", text, flags=re.M)
-    code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
+        cells = json.loads(text)["cells"] if name.endswith(".ipynb") else []
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"notebook={name!r}: there is no such notebook here, and none at {url} ({error})") from error
+    cells = [cell for cell in cells if cell["cell_type"] == "code" and "run" not in cell["metadata"].get("tags", [])]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    if not name.endswith(".ipynb"):
+        run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
+        cells = re.split(r"^(?=# %%)", text, flags=re.M)
+        code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
     title = f"subject_{Path(name).stem}"
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
     if path:
         module.__file__ = str(path)  # beside it is the embedded corpus
+    if "get_ipython" in globals():
+        module.get_ipython = get_ipython  # noqa: F821  by which the subject knows that it is in a notebook
     exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")
@@ -840,7 +846,7 @@ def parse_command(argv):
         options, rest = parser.parse_known_args(argv[len(words) :])
     except argparse.ArgumentError as error:
         raise InputError(f"{error} (--help lists the options)") from error
-    notebook = words.pop(0) if words and words[0].endswith(".py") else "02_train.py"
+    notebook = words.pop(0) if words and words[0].endswith((".py", ".ipynb")) else "02_train.py"
     words = words or ["v6e"] * (not (options.scaling or options.trace))
     topologies = [name for word in words for name in (CHIPS if word == "all" else [word]) if parse_topology(name)]
     return notebook, topologies, options, ["--help"] if options.help else rest

@@ -149,9 +149,12 @@ def get_secret(name):
     return (value or "").strip() or None  # it may have been pasted with the end of its line
 
 
-def keep_writable(stream):
-    """Makes a script's stream take any text in any locale, and lead nowhere once nobody reads it: a closed pipe, or a
-    terminal that is gone, must not stop a run."""
+def keep_writable(name):
+    """Makes a script's stdout or stderr take any text in any locale, and lead nowhere once nobody reads it: a closed
+    pipe, or a terminal that is gone, must not stop a run."""
+    if getattr(sys, name) is None:  # closed before the start
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    stream = getattr(sys, name)
 
     def guarded(call):
         def attempt(*args):
@@ -167,10 +170,7 @@ def keep_writable(stream):
 
 
 if __name__ == "__main__" and not IN_NOTEBOOK:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before the start
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        keep_writable(getattr(sys, name))
+    keep_writable("stdout"), keep_writable("stderr")
 
 
 def progress_bar(*args, **options):

@@ -480,15 +480,21 @@ def load_notebook(name):
     url = path.as_uri() if path else web
     try:
         text = urllib.request.urlopen(url, timeout=30).read().decode()
-    except (OSError, ValueError) as error:
-        raise InputError(f"notebook={name!r}: there is no such file here, and none at {url} ({error})") from error
-    run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
-    cells = re.split(r"^(?=# %%)", text, flags=re.M)
-    code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
+        cells = json.loads(text)["cells"] if name.endswith(".ipynb") else []
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"notebook={name!r}: there is no such notebook here, and none at {url} ({error})") from error
+    cells = [cell for cell in cells if cell["cell_type"] == "code" and "run" not in cell["metadata"].get("tags", [])]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    if not name.endswith(".ipynb"):
+        run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
+        cells = re.split(r"^(?=# %%)", text, flags=re.M)
+        code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
     title = f"subject_{Path(name).stem}"
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
     if path:
         module.__file__ = str(path)  # beside it is the embedded corpus
+    if "get_ipython" in globals():
+        module.get_ipython = get_ipython  # noqa: F821  by which the subject knows that it is in a notebook
     exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")

@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def unread_secrets():
     """A notebook reads a secret once in a process; each test has its own."""
-    for name in [name for name in sys.modules if name.startswith("nb_") and hasattr(sys.modules[name], "get_secret")]:
-        sys.modules[name].get_secret.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(("nb_", "subject_"))]:
+        if hasattr(sys.modules[name], "get_secret"):
+            sys.modules[name].get_secret.cache_clear()
 
 
 @pytest.fixture(scope="session")

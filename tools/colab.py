@@ -199,7 +199,7 @@ def run(kind, name, settings=(), out=None):
             raise Wrong(2, f"--out {out}: {content} is already there; remove it, or name another folder")
         content.mkdir(parents=True)
         (content / name).write_text(json.dumps(notebook), encoding="utf-8")
-        if name.startswith(("05", "07")):  # in Colab they fetch their subject from GitHub
+        if name.startswith(("03", "05", "07")):  # in Colab they fetch their subject from GitHub
             shutil.copyfile(ROOT / "02_train.py", content / "02_train.py")
         copy, environment = prepare(Path(folder), venv)
         options = dict(cwd=content, env=environment, capture_output=True, encoding="utf-8")

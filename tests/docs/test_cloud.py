@@ -40,10 +40,13 @@ def check_command(notebook, options):
         if own.help:
             return
         options += [f"--preset={own.preset}"] if own.preset else []
+    own = BEFORE
+    if notebook.startswith("03"):  # another notebook, options of the search, and options of that notebook
+        own = BEFORE | WORKER
+        notebook = options.pop(0) if options and options[0].endswith(".py") else "02_train.py"
     module = load(ROOT / notebook)
     if notebook.startswith("07"):
         return module.parse_command(options)
-    own = BEFORE | (WORKER if notebook.startswith("03") else set())
     rest, words = [], [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while words:
         name = words.pop(0)

@@ -44,9 +44,10 @@ def offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("0*.ipynb")))
 def test_run_all(offline, finished, name):
     settings, says, count = SETTINGS[name[:2]]
+    if name[:2] in ("03", "07"):
+        shutil.copyfile(ROOT / "02_train.py", offline / "02_train.py")  # else it is fetched from GitHub
     if name[:2] == "07":
         shutil.copytree(finished[0].run_dir, offline / "run")
-        shutil.copyfile(ROOT / "02_train.py", offline / "02_train.py")  # else it is fetched from GitHub
         settings = settings | dict(RUN=offline / "run", BUNDLE=write_bundle(offline / "bundle"))
     notebook = nbformat.read(ROOT / name, 4)
     if name[:2] in ("02", "03", "04", "06"):

@@ -71,13 +71,13 @@ def test_a_user_without_a_home_folder(tmp_path):
 import pwd
 pwd.getpwuid = {}.__getitem__
 from tools.notebooks import load
-for path in ("01_tokenizer.py", "02_train.py", "03_worker.py", "04_maxtext.py"):
+for path in ("01_tokenizer.py", "02_train.py", "04_maxtext.py"):
     print(load(path).cache_dir())
 """
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "JAX_COMPILATION_CACHE_DIR")}
     env |= {"TMPDIR": str(tmp_path)}
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True)
-    assert printed.split() == [str(tmp_path / f"home-{os.getuid()}" / ".cache" / "tpuchat")] * 4
+    assert printed.split() == [str(tmp_path / f"home-{os.getuid()}" / ".cache" / "tpuchat")] * 3
 
 
 def test_from_the_hub_and_back(nb, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import contents, one_line, output_of, read_until, script, started, until
+from tests.helpers import EMBEDDED, ROOT, contents, one_line, output_of, read_until, script, started, until, without_hub
 from tests.wandb_server import KEY, WandbServer
 
 TRIAL = dict(
@@ -53,18 +53,18 @@ def test_every_suggestion_is_a_config(worker, kind):
     assert definition["run_cap"] == 7 and definition["metric"] == {"name": "val_bpb", "goal": "minimize"}
     parameters = definition["parameters"]
     assert parameters == worker.search_space(base)
-    known = {field.name for field in dataclasses.fields(worker.Config)} | {"n_embd", "heads_per_kv"}
+    known = {field.name for field in dataclasses.fields(worker.nb.Config)} | {"n_embd", "heads_per_kv"}
     assert set(parameters) <= known
     shapes = {name: p["values"] for name, p in parameters.items() if "values" in p}
     ends = [{name: p[end] for name, p in parameters.items() if end in p} for end in ("min", "max")]
-    sizes, largest = set(), worker.count_params(base)["total"]
+    sizes, largest = set(), worker.nb.count_params(base)["total"]
     for values, rest in itertools.product(itertools.product(*shapes.values()), ends):
         config = worker.trial_config(base, {**dict(zip(shapes, values, strict=True)), **rest}, "x")
-        assert worker.count_params(config)["total"] <= largest
+        assert worker.nb.count_params(config)["total"] <= largest
         assert config.device_batch_size <= base.device_batch_size
-        flops = config.total_steps * config.tokens_per_step * worker.flops_per_token(config)
+        flops = config.total_steps * config.tokens_per_step * worker.nb.flops_per_token(config)
         assert flops == pytest.approx(worker.trial_flops(base), rel=0.5 / 200)  # a whole number of steps, at least 200
-        sizes.add(worker.count_params(config)["total"])
+        sizes.add(worker.nb.count_params(config)["total"])
     assert len(sizes) > 3
 
 
@@ -105,6 +105,32 @@ def test_a_suggestion_that_cannot_be(worker, base, suggestion, words):
         worker.trial_config(base, suggestion, "x")
 
 
+def test_in_04_the_shape_stays(worker, mt):
+    """Its width does not follow from the heads: the search is over rates, the schedule and the batch."""
+    base = mt.Config.demo()
+    space = worker.search_space(base)
+    assert {"learning_rate", "device_batch_size"} < {*space} and not {"n_embd", "head_dim", "heads_per_kv"} & {*space}
+    assert worker.base_suggestion(base) == {name: getattr(base, name) for name in space}
+    config = worker.suggested_config(base, {"learning_rate": 0.5})
+    assert config == base.replace(learning_rate=0.5) and config.learning_rate == 0.5
+
+
+def test_the_subject_is_any_notebook(tmp_path):
+    """06 as a .ipynb of another name, as a person would save one; what is no notebook is a line."""
+    mine = json.loads((ROOT / "06_recipe.ipynb").read_text())
+    (tmp_path / "mine.ipynb").write_text(json.dumps(mine))
+    options = TRIAL | dict(head_dim=8, dataset=EMBEDDED, trials=1, num_iterations=20, run_dir="runs")
+    options = [f"--{name}={value}" for name, value in options.items()]
+    done = script("03_worker.py", "mine.ipynb", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "config = Config.for_device().replace(" in done.stdout and not done.stderr
+    (tmp_path / "broken.ipynb").write_text("{}")
+    for name in ("nosuch.py", "broken.ipynb"):
+        done = script("03_worker.py", name, cwd=tmp_path, env=without_hub(tmp_path))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert one_line(done.stderr.strip(), f"error: notebook={name!r}: there is no such notebook here")
+
+
 # ---- trials
 
 
@@ -134,7 +160,7 @@ def test_a_search_without_an_account(worker, base, capsys):
     out = capsys.readouterr().out
     assert f"{best[0]['val_bpb']:.4f}" in out and "1 of 3 trials were stopped or failed" in out
     code = out[out.index("config = ") :].removeprefix("config = ")
-    config = eval(code, {"Config": worker.Config})
+    config = eval(code, {"Config": worker.nb.Config})
     trial = worker.trial_config(base, {name: best[0][name] for name in space}, "x")
     same = ("n_head", "kv_heads", "head_dim", "n_embd", "depth", "seq_len", "vocab_size", "dataset", "learning_rate")
     same += ("weight_decay", "warmup_ratio", "warmdown_ratio", "device_batch_size", "tokens_per_step")
@@ -154,7 +180,7 @@ def test_a_trial_without_memory_fails_and_frees_the_device(worker, base, monkeyp
         gc.collect()
         return sum(x.nbytes for x in worker.jax.live_arrays())
 
-    monkeypatch.setattr(worker, "train_step", train_step)
+    monkeypatch.setattr(worker.nb, "train_step", train_step)
     run = worker.wandb.init(mode="offline", dir=base.run_dir, reinit="finish_previous")
     before = held()
     row = worker.run_trial(base, run, worker.base_suggestion(base))
@@ -176,7 +202,7 @@ def test_a_value_that_cannot_be_is_refused_in_a_line(worker, base, tmp_path):
     """By the command line, and by the space: half of the model must be a model, too. Nothing is written."""
     for option, words in {"--runs=x": "--runs: invalid int value: 'x'", "--sweepid=a": "mean 'sweep_id'?"}.items():
         with pytest.raises(worker.InputError, match=re.escape(words)):
-            worker.parse_args([option], base)
+            worker.nb.parse_args([option], base)
     for option, words in {"--trials=0": "trials=0: must be positive", "--n_head=4": "must be a multiple of 8"}.items():
         done = script("03_worker.py", "--run_dir=runs", option, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "") and one_line(done.stderr.strip(), "error: ", words), done
@@ -186,12 +212,12 @@ def test_a_value_that_cannot_be_is_refused_in_a_line(worker, base, tmp_path):
 def test_free_parameters_compile_nothing(worker, base):
     """The step is compiled once for trials that differ in learning rate, weight decay and schedule."""
     base = base.replace(seq_len=16)  # no other test's shape
-    before = worker.train_step._cache_size()
+    before = worker.nb.train_step._cache_size()
     for rate in (1e-3, 2e-3, 3e-3):
         run = worker.wandb.init(mode="offline", dir=base.run_dir, reinit="finish_previous")
         assert worker.run_trial(base, run, dict(learning_rate=rate, weight_decay=rate, warmdown_ratio=0.3))["val_bpb"]
         run.finish()
-    assert worker.train_step._cache_size() == before + 1
+    assert worker.nb.train_step._cache_size() == before + 1
 
 
 # ---- the real agent

@@ -92,14 +92,12 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import difflib
 import errno
 import fcntl
 import functools
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -108,9 +106,9 @@ import time
 import urllib.request
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -2003,10 +2001,10 @@ fused_attention.defvjp(fused_forward, fused_backward)
 # %% [markdown]
 # ## Tokenizer and data files
 #
-# The tokenizer is byte-level BPE; `01_tokenizer.py` trains and explains it. A dataset is FineWeb-Edu from the Hub, any
-# dataset of the Hub, your own files, or the embedded corpus, 12 MB of public-domain English. **The last shard
-# validates**, whatever `num_shards` is, unless names say which; a single file is divided. A shard of the
-# Hub counts only when its SHA-256 is the one that names it in the cache.
+# The tokenizer is byte-level BPE; `01_tokenizer.py` trains and explains it. A dataset is FineWeb-Edu from the Hub, or
+# the embedded corpus, 12 MB of public-domain English: parquet files, of which **the last one validates**, whatever
+# `num_shards` is. A shard of the Hub counts only when its SHA-256 is the one that names it in the cache. Any other
+# dataset is read by [08_data](https://github.com/tpuchat/tpuchat/blob/main/08_data.py), whose Part I is executed here.
 
 # %% Tokenizer format cellView="form" tags=["shared"]
 # @title Tokenizer format
@@ -2280,8 +2278,12 @@ def hub_file(repo_id, filename, revision=None):
     return Path(cached) if here else hub_download(repo_id, filename, revision=revision)
 
 
-# %% Streams of the Hub cellView="form" tags=["shared"]
-# @title Streams of the Hub
+# %% Shards cellView="form" tags=["shared"]
+# @title Shards
+DAMAGED = pa.ArrowException, OSError, UnicodeDecodeError, KeyError  # what pyarrow raises
+ALL = (0, 2**32)
+
+
 class HubFile(NamedTuple):
     """A file of a dataset of the Hub. `oid`: its SHA-256, or git's hash of a small file; '' where it is not known."""
 
@@ -2294,457 +2296,10 @@ class HubFile(NamedTuple):
     def __str__(self):
         return self.name
 
-    def open(self, mode="rb"):
-        """Returns a HubStream of this file."""
-        return HubStream(self)
-
-
-class HubStream(io.RawIOBase):
-    """Reads a HubFile from its copy on disk. Where the copy ends, the next 16 MiB are downloaded and appended: a file
-    is downloaded as far as it is read, and no byte of it twice.
-
-    The length of the copy is the whole state, so a killed process loses nothing. A complete copy must have the Hub's
-    hash. Raises InputError if a download fails or the file is damaged."""
-
-    def __init__(self, file):
-        self.file, self.place = file, 0
-        digest = hashlib.sha256(f"{file.repo_id} {file.name} {file.oid}".encode()).hexdigest()
-        self.path = cache_dir() / "streams" / f"{digest[:16]}-{Path(file.name).name[-80:]}"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.copy = self.path.open("ab+")
-        except OSError as error:
-            raise InputError(f"cannot keep {self.path}: {error.strerror}; make room, or set HOME") from error
-
-    def readable(self):
-        return True
-
-    def tell(self):
-        return self.place
-
-    def readinto(self, buffer):
-        if os.fstat(self.copy.fileno()).st_size <= self.place < self.file.size:
-            self._append()
-        self.copy.seek(self.place)
-        count = self.copy.readinto(buffer)
-        self.place += count
-        return count
-
-    def _append(self):
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        repo_id, name, revision, size, oid = self.file
-        url = hf_hub_url(repo_id, name, repo_type="dataset", revision=revision)
-        fcntl.flock(self.copy, fcntl.LOCK_EX)  # other threads and processes read the same copy
-        try:
-            start = self.copy.seek(0, os.SEEK_END)
-            if start > self.place:
-                return
-            stop = min(start + 2**24, size)
-
-            def fetch(api):
-                headers = build_hf_headers(token=api.token) | {"Range": f"bytes={start}-{stop - 1}"}
-                hf_raise_for_status(answer := get_session().get(url, headers=headers, timeout=30))
-                if len(answer.content) != stop - start:
-                    raise ConnectionError(f"{len(answer.content)} of {stop - start} bytes arrived")
-                return answer.content
-
-            block = read_hub(f"read {name} of {repo_id}", fetch)
-            try:
-                self.copy.write(block)
-                self.copy.flush()
-            except OSError as error:
-                raise InputError(f"cannot keep {self.path}: {error.strerror}; make room, or set HOME") from error
-            git = hashlib.sha1(b"blob %d\0" % size)
-            if stop == size and len(oid) == len(git.hexdigest()):
-                git.update(self.path.read_bytes())
-            if stop == size and oid not in ("", git.hexdigest()) and file_sha256(self.path) != oid:
-                self.path.unlink()
-                raise InputError(f"{name} of {repo_id}: the hash of what arrived is not the Hub's; start again")
-        finally:
-            fcntl.flock(self.copy, fcntl.LOCK_UN)
-
-    def close(self):
-        self.copy.close()
-        super().close()
-
-
-# %% Shards cellView="form" tags=["shared"]
-# @title Shards
-# As the Hub reads names: no letter stands before or after such a word.
-SPLIT_WORD = re.compile(r"(?<![^\W\d_])(train|val|dev|test|eval)(ing|id|idation|uation)?(?![^\W\d_])", re.I)
-NO_DATA = re.compile(r"(^|/)([._]|(readme|licen[cs]e|dataset_infos?|dataset_dict|state|tokenizer)\.)", re.I)
-# owner/name, folder, configuration, revision
-HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:/([^:@]+?))?/?(?::([^@]+))?(?:@(.+))?")
-
-
-def on_hub(dataset):
-    """Whether `dataset` is one of the Hub: neither 'embedded' nor a file or folder."""
-    return dataset in HUB_SHARDS or not (dataset == "embedded" or os.path.exists(os.path.expanduser(dataset)))
-
-
-def local_path(dataset):
-    """Returns the file or folder of a dataset that is not on the Hub."""
-    return embedded_folder() if dataset == "embedded" else Path(dataset).expanduser().absolute()
-
-
-def embedded_folder():
-    """Returns data/embedded: beside this file, in the working folder or one above, else fetched from GitHub."""
-    names = globals()  # of this file: Python, VS Code and Jupyter each have one
-    here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
-    for place in (Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents):
-        if (place / "data" / "embedded" / "tokenizer" / "tokenizer.json").exists():
-            return place / "data" / "embedded"
-    folder = cache_dir() / "embedded"
-    names = [f"shard_{i:05d}.parquet" for i in range(5)]
-    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
-        if not (folder / name).exists():
-            url = f"https://raw.githubusercontent.com/{GITHUB}/main/data/embedded/{name}"
-            try:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                urllib.request.urlretrieve(url, folder / f"{name}.part")
-            except OSError as error:
-                hint = f"start in a clone of https://github.com/{GITHUB}, or set dataset to your own folder"
-                raise InputError(f"cannot get the embedded corpus from {url}: {error}; {hint}") from error
-            os.replace(folder / f"{name}.part", folder / name)
-    return folder
-
-
-def hub_files(dataset):
-    """Returns ({name: HubFile}, {split: [names]} or None) of 'owner/name[/folder][:configuration][@revision]'.
-
-    The splits are those that the card of the dataset declares, as the library `datasets` resolves them."""
-    if dataset in HUB_SHARDS:
-        names = [f"shard_{i:05d}.parquet" for i in range(HUB_SHARDS[dataset])]
-        return {name: HubFile(dataset, name) for name in names}, None
-    rule = (
-        "must be 'embedded', a file or folder of text (there is none here of this name), or a dataset of the Hugging "
-    )
-    rule += "Face Hub: owner/name, such as "
-    match = None if kind_of(dataset) else HUB_NAME.fullmatch(dataset)
-    require(match, "dataset", dataset, rule + next(iter(HUB_SHARDS)))
-    repo_id, folder, configuration, revision = match.groups()
-    require(not (folder and configuration), "dataset", dataset, "name a folder or a configuration, not both")
-    what = f"find the dataset {repo_id} (no file or folder here has this name)"
-    info = read_hub(what, lambda api: api.dataset_info(repo_id, revision=revision or "main"))
-    tree = {"path_in_repo": folder, "recursive": True, "revision": info.sha, "repo_type": "dataset"}
-    found = read_hub(f"list {repo_id}", lambda api: [*api.list_repo_tree(repo_id, **tree)])
-    found = [entry for entry in found if hasattr(entry, "blob_id")]  # files, not folders
-    oids = [entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in found]
-    files = {e.path: HubFile(repo_id, e.path, info.sha, e.size, oid) for e, oid in zip(found, oids)}
-    program, parquet = f"{repo_id.split('/')[1]}.py", f"{repo_id}@refs/convert/parquet"
-    rule = f"is made by a program, {program}, which is not run; try the Hub's own parquet files of it: {parquet}"
-    require(program not in files, "dataset", dataset, rule)
-    if folder:
-        return {name.removeprefix(f"{folder}/"): file for name, file in files.items()}, None
-    return files, declared_splits(dataset, info, configuration)
-
-
-def declared_splits(dataset, info, configuration):
-    """Returns {split: [names of files]} of a configuration in the card of a dataset, None if it has no configurations.
-
-    Without a name it is the only one, or the default. Raises InputError that lists them."""
-    configs = (info.card_data or {}).get("configs")
-    configs = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
-    names = [str(config.get("config_name", "default")) for config in configs]
-    default = [name for name, config in zip(names, configs) if config.get("default") or name == "default"]
-    chosen = configuration or (default or names if len(default or names) == 1 else [""])[0] if names else None
-    if chosen not in names:
-        found = ", ".join(names[:20]) + ", …" * (len(names) > 20)
-        hint = f"choose one of its configurations, dataset='owner/name:configuration': {found}"
-        require(not names, "dataset", dataset, hint + suggest(configuration or "", names))
-        require(not configuration, "dataset", dataset, "has no configurations; name a folder of it: owner/name/folder")
-        return None
-    import datasets
-
-    token = False if "token" in SAID else hub_token()  # the Hub has refused it
-    options = {"revision": info.sha, "token": token, "cache_dir": cache_dir() / "datasets"}
-    try:
-        found = datasets.load_dataset_builder(info.id, chosen, **options).config.data_files
-    except Exception as error:  # of any class: a card may say anything
-        hint = f"name a folder, or try {info.id}@refs/convert/parquet"
-        raise InputError(f"dataset={dataset!r}: {chosen} cannot be found: {first_line(error)}; {hint}") from error
-    splits, others = collections.defaultdict(list), []
-    for split, urls in found.items():
-        word = SPLIT_WORD.search(str(split))
-        splits[word[1].lower() if word else ""] += [unquote(url.partition(f"@{info.sha}/")[2]) for url in urls]
-        others += [] if word else [str(split)]
-    if splits["train"] and others:
-        say_once(("splits", dataset), f"data    left out: the splits {', '.join(others)}")
-    one = splits["train"] or len(others) < 2
-    require(one, "dataset", dataset, f"has the splits {', '.join(others)}, and none for training; name a folder of it")
-    return splits
-
-
-def split_names(dataset, names, text=False):
-    """Returns {split: [names]}, by the words of names: train, val, dev, test, eval; '' for those without.
-
-    The word nearest to the end of a path decides; the titles of text files hold words that mean nothing. Raises
-    InputError if several folders hold a data set each. Folders of text files, and those like year=2026, are one."""
-    splits, folders = collections.defaultdict(list), {}
-    for *above, name in (name.split("/") for name in sorted(names)):
-        parts = [part for part in (name, *above[::-1]) if not (text and " " in part)]
-        words = [word[1].lower() for part in parts if (word := SPLIT_WORD.search(part))]
-        splits[words[0] if words else ""].append("/".join([*above, name]))
-        above = [part for part in above if "=" not in part]
-        root = list(itertools.takewhile(lambda part: not SPLIT_WORD.fullmatch(part), above)) or above
-        folders["/".join([dataset, *root])] = SPLIT_WORD.sub("", "/".join(above)).strip("-_./ ")
-    # One data set: each folder, without the words of splits, lies in the one before it.
-    one = all(not a or f"{b}/".startswith(f"{a}/") for a, b in itertools.pairwise(sorted({*folders.values()})))
-    found = ", ".join([*folders][:8]) + ", …" * (len(folders) > 8)
-    require(one or text, "dataset", dataset, f"has several data sets; name one of them: {found}")
-    return splits
-
-
-def local_files(dataset):
-    """Returns {name: path} of what may be data in a folder. Raises InputError if it cannot be read."""
-    path = local_path(dataset)
-    require(path.is_dir(), "dataset", dataset, "is neither a file nor a folder")
-    try:
-        found = [p for p in path.rglob("*") if kind_of(p) and p.is_file()] if list(path.iterdir()) else []
-    except OSError as error:
-        raise InputError(f"dataset={dataset!r}: cannot be read: {error.strerror}") from error
-    return {p.relative_to(path).as_posix(): p for p in found}
-
-
-def is_empty(path):
-    """Whether a file has no bytes, or is parquet without rows, such as Spark leaves beside others."""
-    with contextlib.suppress(*DAMAGED):  # it is refused when it is opened
-        return path.stat().st_size == 0 or kind_of(path) == "parquet" and pq.read_metadata(path).num_rows == 0
-
-
-def find_files(dataset):
-    """Returns ({name: path or HubFile}, {split: [names]}) of the data of a dataset, all of one kind.
-
-    That is parquet, else the most frequent kind. Hidden files, and names such as README, are no data. Tables in the
-    folder itself hide those in folders below it, and empty ones are left out."""
-    if on_hub(dataset):
-        files, splits = hub_files(dataset)
-    elif (path := local_path(dataset)).is_file():
-        files, splits = {path.name: path}, {"": [path.name]}
-    else:
-        files, splits = local_files(dataset), None
-    if not splits:
-        data = [name for name in sorted(files) if kind_of(name) and not NO_DATA.search(name)]
-        kinds = collections.Counter(map(kind_of, data))
-        kind = max(kinds, key=lambda kind: (kind == "parquet", kinds[kind]), default="")
-        names = [name for name in data if kind_of(name) == kind]
-        if not on_hub(dataset) and kind != "text":
-            names = [name for name in names if "/" not in name] or names
-            names = [name for name in names if not is_empty(files[name])] or names
-        if len(names) < len(data):
-            say_once(("kinds", dataset), f"data    {dataset}: {len(names)} {kind} files of {len(data)} files are read")
-        splits = split_names(dataset, names, kind == "text")
-    readable = all(kind_of(name) for names in splits.values() for name in names) and any(splits.values())
-    rule = f"has no files that can be read ({', '.join(KINDS)}; .gz, .zst)"
-    require(readable, "dataset", dataset, rule + "; try owner/name@refs/convert/parquet" * on_hub(dataset))
-    return files, splits
-
-
-def choose_splits(dataset, splits):
-    """Returns (names of the files that train, names of those that validate, perhaps none)."""
-    train = splits.get("train") or splits.get("")
-    require(train, "dataset", dataset, f"has files for {', '.join(splits)}, and none for training")
-    if splits.get("train") and splits.get(""):
-        left = f"left out: {len(splits[''])} files that are of no split, as {splits[''][0]}"
-        say_once(("left out", dataset), f"data    {left}")
-    held_out = next((splits[word] for word in ("val", "dev", "test", "eval") if splits.get(word)), [])
-    return [name for name in train if name not in held_out] or train, held_out
-
-
-def beginning(shard, chars=2**24, least=20):
-    """Yields the first texts of a shard: up to so many characters, but `least` texts."""
-    left = chars
-    for count, (_, text) in enumerate(read_documents(shard), 1):
-        yield text
-        left -= len(text)
-        if left < 0 and count >= least:
-            return
-
-
-def list_shards(config):
-    """Returns ([a function that returns a training Shard, ready to read, …], the same for validation).
-
-    What names, or the splits of the dataset, call validation, else dev or test, validates. Else it is the last shard. A
-    single file and text files are divided: 2% of the documents validate, or one, by the hash of their text."""
-    if on_hub(config.dataset):
-        with contextlib.suppress(Exception):  # the first request raises it
-            # In the main thread, with the tab still open: shards are fetched in other threads, wandb is opened later.
-            get_secret("WANDB_API_KEY"), hub_token()
-    files, splits = find_files(config.dataset)
-    train, held_out = choose_splits(config.dataset, splits)
-    text, separator = kind_of(train[0]) == "text", config.document_separator
-    require(text or not separator, "document_separator", separator, f"is for text files, and this is {train[0]}")
-
-    def shard(names):
-        name = str(files[names[0]]) if len(names) == 1 else f"{config.dataset}: {len(names):,} text files"
-        return Shard(name, tuple(files[n] for n in names), config.text_column, separator, config.skip_bad_rows)
-
-    shards = [shard(train)] if text else [shard([name]) for name in train]
-    if held_out:
-        validation = shard(held_out if text else held_out[-1:])
-    elif len(shards) > 1:
-        validation = shards.pop()
-    else:
-        hashes = {zlib.crc32(document.encode()) for document in beginning(open_shard(shards[0]))}
-        hint = "set document_separator='\\n\\n', or give more files" if text and not separator else "give more"
-        none = f", without {separator!r} in it," if separator else ","
-        rule = f"is one document{none} and some must validate; {hint}"
-        require(len(hashes) > 1, "dataset", config.dataset, rule)
-        limit = max(ALL[1] // 50, min(hashes) + 1)
-        validation, shards = shards[0]._replace(part=(0, limit)), [shards[0]._replace(part=(limit, ALL[1]))]
-    chosen = shards[: None if config.num_shards == -1 else config.num_shards]
-    if len(chosen) < len(shards) and config.dataset not in HUB_SHARDS:
-        say_once(
-            ("shards", dataset := config.dataset), f"data    {dataset}: num_shards={len(chosen)} of {len(shards)} train"
-        )
-    return [functools.partial(open_shard, shard) for shard in chosen], functools.partial(open_shard, validation)
-
-
-def size_of(file):
-    """Returns the bytes of a file on disk or on the Hub; 1 where they are not known."""
-    return file.stat().st_size if isinstance(file, Path) else file.size or 1
-
-
-def identity(shard):
-    """Returns what tells a shard from others: of files of the Hub their hashes, of local ones size, beginning, end."""
-    files, digest = shard.files, hashlib.sha256()
-    if len(files) == 1 and isinstance(files[0], HubFile):
-        return f"{files[0].name} {files[0].oid[:8]}".strip()
-    names = [os.fsencode(Path(str(file)).name) for file in files]
-    for name, file in zip(names, files):
-        digest.update(name if len(files) > 1 else b"")
-        if isinstance(file, HubFile):
-            digest.update(file.oid.encode())
-            continue
-        with file.open("rb") as opened:
-            digest.update(opened.read(2**20))
-            opened.seek(max(opened.tell(), size_of(file) - 2**20))  # of parquet it has the footer: sizes of all columns
-            digest.update(opened.read())
-    name = names[0].decode(errors="replace") if len(files) == 1 else f"{len(files)} files"
-    return f"{name}, {sum(map(size_of, files))} bytes, {digest.hexdigest()[:8]}"
-
-
-class Probe:
-    """A file that tells how many of its bytes have been read."""
-
-    def __init__(self, file):
-        self.file, self.raw = file, None
-
-    def __str__(self):
-        return str(self.file)
-
-    def open(self, mode):
-        self.raw = self.file.open(mode)
-        return self.raw
-
-    def seen(self):
-        """Returns bytes, before they are unpacked."""
-        return 0 if self.raw is None else size_of(self.file) if self.raw.closed else self.raw.tell()
-
-
-def count_documents(shard, enough=2**24):
-    """Returns (documents, bytes of text, share of the shard that was read, whether that is all of it).
-
-    It stops when there is `enough` text in 100 documents."""
-    documents = size = row = 0
-    kind, total = kind_of(shard.files[0]), sum(map(size_of, shard.files))
-    probes = shard.files if kind in ("parquet", "arrow") else tuple(map(Probe, shard.files))
-    reading = read_documents(shard._replace(files=probes))  # its name keeps the file open
-    for row, text in reading:  # noqa: B007
-        documents, size = documents + 1, size + len(text.encode())
-        if size > enough and documents >= 100:
-            break
-    else:
-        return documents, size, 1.0, True
-    if kind == "parquet":
-        read = (row + 1) / pq.read_metadata(shard.files[0]).num_rows
-    elif kind == "arrow":  # it holds the text as it is
-        read = size / total * ALL[1] / (shard.part[1] - shard.part[0])
-    else:
-        read = sum(probe.seen() for probe in probes) / total
-    return documents, size, min(max(read, 1e-9), 1.0), False
-
-
-def describe_data(shards, validation):
-    """Prints what list_shards has chosen: documents and bytes for training, and what validates. Returns the bytes.
-
-    Both are counted in the first 16 MiB of text, 100 documents at least. If there is more, they are projected by the
-    sizes of the files."""
-    sizes, documents, size, seen = [sum(map(size_of, fetch.args[0].files)) for fetch in shards], 0, 0, 0
-    held_out, last = validation.args[0], shards[-1].args[0]
-    for fetch, on_disk in zip(shards if isinstance(last.files[0], Path) else shards[:1], sizes):
-        count, n_bytes, share, whole = count_documents(fetch(), 2**24 - size)
-        documents, size, seen = documents + count, size + n_bytes, seen + share * on_disk
-        if not whole:
-            break
-    ratio = max(1, sum(sizes) / seen)
-    about = "about " if ratio > 1.001 else "" if whole else "more than "
-    place = f"{len(shards):,} training shards" if len(shards) > 1 else last.name
-    part = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
-    part = held_out.name if held_out.part == ALL else part
-    amount = f"{documents * ratio:,.0f} documents, {size * ratio / 1e6:,.1f} MB of text"
-    print(f"data    {about}{amount} in {place}; validation: {part}", flush=True)
-    return size * ratio
-
-
-# %% Read documents cellView="form" tags=["shared"]
-# @title Read documents
-KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv"}
-KINDS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), "json") | dict.fromkeys((".txt", ".md"), "text")
-DAMAGED = pa.ArrowException, OSError, UnicodeDecodeError, KeyError  # what pyarrow raises
-ALL = (0, 2**32)
-
-
-class Shard(NamedTuple):
-    """Documents in a fixed order: the rows of a file, or text files. read_documents reads them from any row on."""
-
-    name: str
-    files: tuple  # paths or HubFiles: one, or any number of text files
-    column: str = "text"
-    separator: str = ""  # between the documents of a text file
-    skip_bad_rows: bool = False
-    part: tuple = ALL  # [low, high): only texts whose CRC-32 lies there
-
-
-def kind_of(file):
-    """Returns 'parquet', 'arrow', 'json', 'csv', 'text' or None, by the suffix of a file's name, .gz and .zst aside."""
-    name, packed = re.subn(r"\.(gz|zst)$", "", str(file).lower())
-    kind = KINDS.get(os.path.splitext(name)[1])
-    return None if packed and kind in ("parquet", "arrow") else kind
-
-
-def choose_column(file, kinds, sizes, wanted):
-    """Returns the column of the texts: `wanted`, or for 'text' the only column of strings.
-
-    `kinds`: {column: type}; `sizes`: {column of strings: size}. Raises InputError that names the largest of these."""
-    if wanted in sizes:
-        return wanted
-    if wanted == "text" and len(sizes) == 1 and "text" not in kinds:
-        say_once(("column", *sizes), f"data    the texts are the column `{min(sizes)}`, the only one of strings")
-        return min(sizes)
-    found = [f"{name} ({kind})" for name, kind in kinds.items()] or ["none"]
-    found = ", ".join(found[:20]) + ", …" * (len(found) > 20)
-    hint = f"; the likeliest: text_column={max(sizes, key=sizes.get)!r}" if sizes else ""
-    raise InputError(f"{file}: must have a `{wanted}` column of strings; its columns: {found}{hint}")
-
-
-def parquet_column(path, file, wanted):
-    """Returns choose_column of an open parquet file. The column's type in parquet counts, a string, not what Arrow
-    makes of it: string_view, a pandas category, …"""
-    names, columns, sizes = file.schema_arrow.names, range(len(file.schema)), {}
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    for i, column in zip(columns, map(file.schema.column, columns)):
-        if column.path in names and column.logical_type.type == "STRING":
-            sizes[column.path] = sum(group.column(i).total_uncompressed_size for group in groups)
-    return choose_column(path, dict(zip(names, file.schema_arrow.types)), sizes, wanted)
-
 
 def parquet_rows(shard, start):
     """Yields (row, text) of a parquet file. A row group, compressed, is in memory."""
-    file, row = pq.ParquetFile(shard.files[0]), 0
-    column = parquet_column(shard.name, file, shard.column)
+    file, row, column = pq.ParquetFile(shard.files[0]), 0, shard.column
     for group in range(file.num_row_groups):
         found = file.metadata.row_group(group)
         stop = row + found.num_rows
@@ -2759,181 +2314,25 @@ def parquet_rows(shard, start):
         row = stop
 
 
-def arrow_rows(shard, start):
-    """Yields (row, text) of an Arrow file or stream, such as `datasets` saves."""
-    with pa.memory_map(str(shard.files[0])) as source:
-        try:
-            file = pa.ipc.open_file(source)
-            schema, batches = file.schema, map(file.get_batch, range(file.num_record_batches))
-        except pa.ArrowInvalid:
-            source.seek(0)
-            batches = pa.ipc.open_stream(source)
-            schema = batches.schema
-        kinds, row = {name: str(kind) for name, kind in zip(schema.names, schema.types)}, 0
-        strings = [
-            name
-            for name, kind in kinds.items()
-            if re.fullmatch("(large_)?string(_view)?|dictionary<values=.*string.*", kind)
-        ]
-        first = [*itertools.islice(batches, 1)]
-        sizes = {name: sum(batch.column(name).nbytes for batch in first) for name in strings}
-        column = choose_column(shard.name, kinds, sizes, shard.column)
-        for batch in itertools.chain(first, batches):
-            for i in range(0, len(batch), 1000):
-                texts = batch.column(column)[i : i + 1000]
-                if row + len(texts) > start:
-                    yield from enumerate(texts.to_pylist(), row)
-                row += len(texts)
+class Shard(NamedTuple):
+    """Documents in a fixed order: the rows of a file, or text files. read_documents reads them from any row on."""
 
-
-def open_bytes(file):
-    """Returns the bytes of a file, unpacked, as a buffered stream."""
-    packing = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(str(file).lower())[1])
-    raw = file.open("rb")
-    return io.BufferedReader(pa.input_stream(raw, compression=packing) if packing else raw, 2**18)
-
-
-def split_bytes(stream, separator):
-    """Yields (what stands between two separators, bytes of the separator after it); without a separator, all."""
-    held = bytearray()
-    while block := stream.read(2**18 if separator else -1):
-        searched = max(0, len(held) - len(separator) + 1)
-        held += block
-        if searched == 0 and separator not in held and (lines := separator.replace(b"\n", b"\r\n")) in held:
-            separator = lines  # Windows ends lines so
-        if separator and held.find(separator, searched) >= 0:
-            *pieces, held = held.split(separator)
-            yield from ((piece, len(separator)) for piece in pieces)
-    if held or not separator:
-        yield held, 0
-
-
-def not_utf8(file, place, data):
-    """Returns a ValueError about the byte at `place` of a file, the first of `data`."""
-    words = f"byte {place:,} is {data[0]:#04x}, no UTF-8: binary, or to be converted (iconv -t UTF-8)"
-    return ValueError(f"{file}: {words}")
-
-
-def text_rows(shard, start):
-    """Yields (row, text, or what is wrong with it) of text files: a file is a document, or a separator ends one."""
-    row, separator = 0, shard.separator
-    for written, meant in {"\\n": "\n", "\\r": "\r", "\\t": "\t"}.items():
-        separator = separator.replace(written, meant)
-    for file in shard.files:
-        if not separator and row < start:
-            row += 1
-            continue
-        with open_bytes(file) as stream:
-            place = len(stream.read(3)) if stream.peek(3)[:3] == b"\xef\xbb\xbf" else 0
-            for piece, gap in split_bytes(stream, separator.encode()):
-                try:
-                    yield row, piece.decode()
-                except UnicodeDecodeError as error:
-                    yield row, not_utf8(file, place + error.start, piece[error.start :])
-                row, place = row + 1, place + len(piece) + gap
-
-
-def json_rows(lines):
-    """Yields (where, object or exception) of JSON lines, or of one JSON list, which is held in memory."""
-    numbered = enumerate(lines, 1)
-    above, first = next(((n, line) for n, line in numbered if line.strip()), (1, ""))
-    if first.lstrip().startswith("["):
-        try:
-            rows = json.loads("".join([first, *(line for _, line in numbered)]))
-            yield from ((f"item {i:,}", row) for i, row in enumerate(rows, 1))
-        except (ValueError, RecursionError) as error:
-            yield f"line {above + getattr(error, 'lineno', 1) - 1:,}", error
-        return
-    for number, line in itertools.chain([(above, first)], numbered):
-        if line.strip():
-            try:
-                yield f"line {number:,}", json.loads(line.strip())
-            except (ValueError, RecursionError) as error:
-                yield f"line {number:,}", error
-
-
-def csv_rows(lines):
-    """Yields (where, dict or exception) of CSV with a header, of commas, semicolons or tabs; a quoted field may hold
-    lines, up to 16 MiB."""
-    csv.field_size_limit(2**24)
-    first = next(lines, "")
-    delimiter, header = max(",;\t", key=first.count), None
-    rows = csv.reader(itertools.chain([first], lines), strict=True, delimiter=delimiter)
-    while True:
-        try:
-            fields = next(rows)
-            header = header or fields
-            if fields and len(fields) != len(header):
-                raise csv.Error(f"{len(fields)} fields, and the header has {len(header)}")
-            if fields and fields is not header:
-                yield f"line {rows.line_num:,}", dict(zip(header, fields))
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield f"line {rows.line_num:,}", error
-
-
-def text_of(row, column):
-    """Returns the text of a row, or None. Raises ValueError if the row has none that is a string of Unicode."""
-    if isinstance(row, Exception):
-        raise ValueError(f"{row.msg}: column {row.colno}" if isinstance(row, json.JSONDecodeError) else row)
-    if not isinstance(row, dict) or column not in row:
-        raise ValueError(f"no object with `{column}`")
-    if not isinstance(text := row[column], str | None):
-        raise ValueError(f"`{column}` is of type {type(text).__name__}, no string")
-    if text and not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            what = f"byte {code - 0xDC00:#04x}, no UTF-8" if 0xDC80 <= code < 0xDD00 else "half of a surrogate pair"
-            raise ValueError(f"character {error.start + 1:,} of `{column}` is {what}") from None
-    return text
-
-
-def table_column(file, rows, wanted):
-    """Returns the column of the texts, by the first rows of a JSON or CSV file: `wanted` if it may hold strings."""
-    values = collections.defaultdict(list)
-    for name, value in (item for row in rows if isinstance(row, dict) for item in row.items()):
-        values[name].extend([] if value is None else [value])
-    kinds = {name: "/".join(sorted({type(value).__name__ for value in found})) for name, found in values.items()}
-    if wanted in values and "str" in (kinds[wanted] or "str") or not values:
-        return wanted
-    for name, found in values.items() if kind_of(file) == "csv" else ():
-        if all(re.fullmatch(r"[-+.\deE]*", value) for value in found):
-            kinds[name] = "numbers"
-    sizes = {name: sum(map(len, values[name])) for name, kind in kinds.items() if kind == "str"}
-    return choose_column(file, kinds, sizes, wanted)
-
-
-def table_rows(shard, start):
-    """Yields (row, text, or what is wrong with it) of a JSON or CSV file."""
-    with open_bytes(file := shard.files[0]) as stream:
-        if (begin := stream.peek(2)[:2]) in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
-            yield 0, not_utf8(file, 0, begin)
-            return
-        lines = (line.decode(errors="surrogateescape") for line in stream)
-        lines = itertools.chain([next(lines, "").removeprefix("\ufeff")], lines)
-        rows, head, size = csv_rows(lines) if kind_of(file) == "csv" else json_rows(lines), [], 0
-        while len(head) < 100 and size < 2**20 and (item := next(rows, None)):
-            head.append(item)
-            size += len(str(item[1]))
-        column = table_column(file, [row for _, row in head], shard.column)
-        for row, (where, found) in enumerate(itertools.chain(head, rows)):
-            try:
-                yield row, text_of(found, column)
-            except ValueError as error:
-                yield row, ValueError(f"{file}: {where}: {error}")
+    name: str
+    files: tuple  # paths or HubFiles: one, or any number of text files
+    column: str = "text"
+    separator: str = ""  # between the documents of a text file
+    skip_bad_rows: bool = False
+    part: tuple = ALL  # [low, high): only texts whose CRC-32 lies there
+    reader: Callable = parquet_rows  # (shard, start) → (row, text, or a ValueError that says what is wrong with it), …
 
 
 def read_documents(shard, start=0):
     """Yields (row, text) from row `start` on. Leaves out empty and null texts, and the other part of a divided file.
 
     Raises InputError for a damaged file, for a bad row unless `skip_bad_rows`, and if all texts are empty."""
-    readers = {"parquet": parquet_rows, "arrow": arrow_rows, "text": text_rows}
     row, empty, bad, damaged = start - 1, 0, 0, DAMAGED  # a name of its own: at the exit of Python globals are gone
     try:
-        for row, text in readers.get(kind_of(shard.files[0]), table_rows)(shard, start):
+        for row, text in shard.reader(shard, start):
             if row < start:
                 continue
             if isinstance(text, ValueError):
@@ -2966,23 +2365,178 @@ def shuffled(shard, place, size, seed):
         del texts  # before the next block is read
 
 
-def open_shard(shard):
-    """Returns a Shard whose documents can be read: a parquet or Arrow file of the Hub is downloaded, other files of the
-    Hub are streams. Raises InputError for a shard that is damaged or has no texts, as far as its beginning tells."""
-    file = shard.files[0]
-    if isinstance(file, HubFile) and kind_of(file) in ("parquet", "arrow"):
+def beginning(shard, chars=2**24, least=20):
+    """Yields the first texts of a shard: up to so many characters, but `least` texts."""
+    left = chars
+    for count, (_, text) in enumerate(read_documents(shard), 1):
+        yield text
+        left -= len(text)
+        if left < 0 and count >= least:
+            return
+
+
+def on_hub(dataset):
+    """Whether `dataset` is one of the Hub: neither 'embedded' nor a file or folder."""
+    return dataset in HUB_SHARDS or not (dataset == "embedded" or os.path.exists(os.path.expanduser(dataset)))
+
+
+def local_path(dataset):
+    """Returns the file or folder of a dataset that is not on the Hub."""
+    return embedded_folder() if dataset == "embedded" else Path(dataset).expanduser().absolute()
+
+
+def find_here(name):
+    """Returns a file or folder of our repository: beside this file, in the working folder or one above; or None."""
+    names = globals()  # of this file: Python, VS Code and Jupyter each have one
+    here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
+    places = Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents
+    return next((place / name for place in places if (place / name).exists()), None)
+
+
+def fetch_ours(name, hint):
+    """Returns the bytes of a file of our repository, from GitHub. Raises InputError with a hint."""
+    url = f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
+    try:
+        return urllib.request.urlopen(url, timeout=30).read()
+    except (OSError, ValueError) as error:
+        hint = f"start in a clone of https://github.com/{GITHUB}, or {hint}"
+        raise InputError(f"cannot get {url}: {error}; {hint}") from error
+
+
+def embedded_folder():
+    """Returns data/embedded: here, else fetched from GitHub."""
+    if found := find_here("data/embedded/tokenizer/tokenizer.json"):
+        return found.parents[1]
+    folder = cache_dir() / "embedded"
+    names = [f"shard_{i:05d}.parquet" for i in range(5)]
+    for name in [*names, "tokenizer/tokenizer.tiktoken", "tokenizer/tokenizer.json"]:
+        if not (folder / name).exists():
+            content = fetch_ours(f"data/embedded/{name}", "set dataset to your own folder")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.part").write_bytes(content)
+            os.replace(folder / f"{name}.part", folder / name)
+    return folder
+
+
+def execute_part_one(name):
+    """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
+    path = find_here(name)
+    text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
+    cells = re.split(r"^(?=# %%)", text.partition("\n# # Part II")[0], flags=re.M)
+    first = next(i for i, cell in enumerate(cells) if "\n# # Part I" in cell)
+    skipped = re.compile(r"# %%.*(\[markdown\]|tags=\[)")
+    blank = ["\n" * cell.count("\n") if i < first or skipped.match(cell) else cell for i, cell in enumerate(cells)]
+    exec(compile("".join(blank), str(path or name), "exec", dont_inherit=True), globals())
+
+
+def list_own_shards(config):
+    """Returns what list_shards does, of your own data. 08_data.py reads them, and defines this function anew."""
+    execute_part_one("08_data.py")
+    return list_own_shards(config)
+
+
+def list_shards(config):
+    """Returns ([a function that returns a training Shard, ready to read, …], the same for validation).
+
+    The last shard of FineWeb-Edu, and of the embedded corpus, validates, whatever num_shards is."""
+    dataset = config.dataset
+    if on_hub(dataset):
+        with contextlib.suppress(Exception):  # the first request raises it
+            # In the main thread, with the tab still open: shards are fetched in other threads, wandb is opened later.
+            get_secret("WANDB_API_KEY"), hub_token()
+    if dataset in HUB_SHARDS:
+        files = [HubFile(dataset, f"shard_{i:05d}.parquet") for i in range(HUB_SHARDS[dataset])]
+    elif dataset == "embedded":
+        files = sorted(embedded_folder().glob("*.parquet"))
+    else:
+        return list_own_shards(config)
+    require(not config.document_separator, "document_separator", config.document_separator, "is for text files")
+    *train, validation = [Shard(str(file), (file,), config.text_column) for file in files]
+    train = train[: None if config.num_shards == -1 else config.num_shards]
+    return [functools.partial(open_shard, shard) for shard in train], functools.partial(open_shard, validation)
+
+
+def open_parquet(shard):
+    """Returns (the Shard on disk, downloaded if it is of the Hub, its ParquetFile). Raises InputError if it is damaged
+    or has no rows."""
+    if isinstance(file := shard.files[0], HubFile):
         shard = shard._replace(files=(hub_file(file.repo_id, file.name, file.revision),))
-    if kind_of(file) != "parquet":
-        next(read_documents(shard), None)
-        return shard
     try:
         found = pq.ParquetFile(shard.files[0])
     except DAMAGED as error:
         raise InputError(f"{shard.name}: cannot be read as parquet ({first_line(error)}); get it again") from error
-    parquet_column(shard.name, found, shard.column)
     if found.metadata.num_rows == 0:
         raise InputError(f"{shard.name}: has no rows; leave it out")
+    return shard, found
+
+
+def open_shard(shard):
+    """Returns a parquet Shard whose documents can be read. Raises InputError without its column of strings."""
+    shard, found = open_parquet(shard)
+    kinds = {field.name: str(field.type) for field in found.schema_arrow}
+    if kinds.get(shard.column) not in ("string", "large_string", "string_view"):
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise InputError(f"{shard.name}: must have a `{shard.column}` column of strings; its columns: {columns}")
     return shard
+
+
+def size_of(file):
+    """Returns the bytes of a file on disk or on the Hub; 1 where they are not known."""
+    return file.stat().st_size if isinstance(file, Path) else file.size or 1
+
+
+def identity(shard):
+    """Returns what tells a shard from others: of files of the Hub their hashes, of local ones size, beginning, end."""
+    files, digest = shard.files, hashlib.sha256()
+    if len(files) == 1 and isinstance(files[0], HubFile):
+        return f"{files[0].name} {files[0].oid[:8]}".strip()
+    names = [os.fsencode(Path(str(file)).name) for file in files]
+    for name, file in zip(names, files):
+        digest.update(name if len(files) > 1 else b"")
+        if isinstance(file, HubFile):
+            digest.update(file.oid.encode())
+            continue
+        with file.open("rb") as opened:
+            digest.update(opened.read(2**20))
+            opened.seek(max(opened.tell(), size_of(file) - 2**20))  # of parquet it has the footer: sizes of all columns
+            digest.update(opened.read())
+    name = names[0].decode(errors="replace") if len(files) == 1 else f"{len(files)} files"
+    return f"{name}, {sum(map(size_of, files))} bytes, {digest.hexdigest()[:8]}"
+
+
+def count_documents(shard, enough=2**24):
+    """Returns (documents, bytes of text, share of the shard that was read, whether that is all of it).
+
+    It stops when there is `enough` text in 100 documents."""
+    documents = size = row = 0
+    reading = read_documents(shard)  # its name keeps the file open
+    for row, text in reading:  # noqa: B007
+        documents, size = documents + 1, size + len(text.encode())
+        if size > enough and documents >= 100:
+            return documents, size, (row + 1) / pq.read_metadata(shard.files[0]).num_rows, False
+    return documents, size, 1.0, True
+
+
+def describe_data(shards, validation):
+    """Prints what list_shards has chosen: documents and bytes for training, and what validates. Returns the bytes.
+
+    Both are counted in the first 16 MiB of text, 100 documents at least. If there is more, they are projected by the
+    sizes of the files."""
+    sizes, documents, size, seen = [sum(map(size_of, fetch.args[0].files)) for fetch in shards], 0, 0, 0
+    held_out, last = validation.args[0], shards[-1].args[0]
+    for fetch, on_disk in zip(shards if isinstance(last.files[0], Path) else shards[:1], sizes):
+        count, n_bytes, share, whole = count_documents(fetch(), 2**24 - size)
+        documents, size, seen = documents + count, size + n_bytes, seen + share * on_disk
+        if not whole:
+            break
+    ratio = max(1, sum(sizes) / seen)
+    about = "about " if ratio > 1.001 else "" if whole else "more than "
+    place = f"{len(shards):,} training shards" if len(shards) > 1 else last.name
+    part = f"{held_out.part[1] / ALL[1]:.1%} of the documents, by the hash of their text"
+    part = held_out.name if held_out.part == ALL else part
+    amount = f"{documents * ratio:,.0f} documents, {size * ratio / 1e6:,.1f} MB of text"
+    print(f"data    {about}{amount} in {place}; validation: {part}", flush=True)
+    return size * ratio
 
 
 # %% [markdown]

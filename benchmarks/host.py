@@ -144,7 +144,9 @@ def map_rates(tokenizer, texts, threads):
 
 def shard_of(file):
     """Returns a function that returns the Shard of one file."""
-    return functools.partial(nb.open_shard, nb.Shard(str(file), (file,)))
+    if not hasattr(nb, "READERS"):
+        nb.execute_part_one("08_data.py")
+    return functools.partial(nb.open_own_shard, nb.Shard(str(file), (file,), reader=nb.READERS[nb.kind_of(file)]))
 
 
 def formats(rounds):

@@ -116,13 +116,16 @@ def write_shard(path, texts, **options):
 
 
 def shard(nb, path, **how):
-    """A Shard of one file."""
-    return nb.Shard(str(path), (Path(path),), **how)
+    """A Shard of one file, of any format that 08_data reads."""
+    if not hasattr(nb, "READERS"):
+        nb.execute_part_one("08_data.py")
+    return nb.Shard(str(path), (Path(path),), **how | {"reader": nb.READERS[nb.kind_of(path)]})
 
 
 def fetcher(nb, path, **how):
     """What list_shards returns for one file."""
-    return functools.partial(nb.open_shard, shard(nb, path, **how))
+    found = shard(nb, path, **how)
+    return functools.partial(nb.open_own_shard, found)
 
 
 # ---- runs

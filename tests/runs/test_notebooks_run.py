@@ -4,6 +4,7 @@ Every cell ends well, every try-it cell prints, and nothing is red: bars and war
 """
 
 import base64
+import json
 import shutil
 
 import nbclient
@@ -28,6 +29,11 @@ SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pic
     "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 0),
     "06": (FEW, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "07": (dict(TASKS="core", LIMIT=6), ["the mean of 3 tasks", "question"], 1),
+    "08": (
+        dict(DATASET="notes.jsonl"),
+        ["trains: ", "validates: ", "'Note 0.'", "02_train.py --dataset notes.jsonl"],
+        0,
+    ),
 }
 
 
@@ -44,11 +50,14 @@ def offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("0*.ipynb")))
 def test_run_all(offline, finished, name):
     settings, says, count = SETTINGS[name[:2]]
-    if name[:2] in ("03", "07"):
-        shutil.copyfile(ROOT / "02_train.py", offline / "02_train.py")  # else it is fetched from GitHub
+    for needed in ("02_train.py", "08_data.py"):  # else they are fetched from GitHub
+        shutil.copyfile(ROOT / needed, offline / needed)
     if name[:2] == "07":
         shutil.copytree(finished[0].run_dir, offline / "run")
         settings = settings | dict(RUN=offline / "run", BUNDLE=write_bundle(offline / "bundle"))
+    if name[:2] == "08":
+        lines = (json.dumps({"text": f"Note {i}."}) + "\n" for i in range(99))
+        (offline / "notes.jsonl").write_text("".join(lines))
     notebook = nbformat.read(ROOT / name, 4)
     if name[:2] in ("02", "03", "04", "06"):
         settings = settings | dict(run_dir=offline / "run", dataset=EMBEDDED)

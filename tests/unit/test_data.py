@@ -95,7 +95,7 @@ def test_the_embedded_corpus_is_found_from_another_folder(nb, tmp_path, monkeypa
     (tmp_path / "work" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "deep")
     monkeypatch.setattr(nb, "cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(nb.urllib.request, "urlretrieve", lambda *args: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(nb.urllib.request, "urlopen", lambda *args, **how: (_ for _ in ()).throw(OSError("no network")))
     monkeypatch.delitem(nb.__dict__, "__file__")
     monkeypatch.setenv("JPY_SESSION_NAME", str(tmp_path / "notebooks" / "02_train.ipynb"))
     with pytest.raises(nb.InputError, match="no network; start in a clone of https://github.com/.*, or set dataset"):
@@ -137,6 +137,13 @@ def test_a_bad_shard_is_refused_by_name(nb, tmp_path, make, words):
     with pytest.raises(nb.InputError) as error:
         list(nb.read_documents(fetcher(nb, path)()))
     assert str(error.value).startswith(f"{path}: ") and one_line(str(error.value), *words)
+
+
+def test_a_column_that_the_embedded_corpus_does_not_have(nb):
+    shards, _ = nb.list_shards(nb.Config.demo().replace(text_column="body"))
+    with pytest.raises(nb.InputError) as error:
+        shards[0]()
+    assert one_line(str(error.value), "shard_00000.parquet: must have a `body` column", "its columns: text (string)")
 
 
 STRINGS = {

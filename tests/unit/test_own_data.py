@@ -292,7 +292,7 @@ def test_a_changed_file_is_another(nb, tmp_path):
     for changed in (text.replace("text", "TEXT", 1), text[:-3] + "x}\n"):
         (tmp_path / "a.jsonl").write_text(changed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nb, "open_shard", lambda shard: shard)
+            patch.setattr(nb, "open_own_shard", lambda shard: shard)
             patch.setattr(nb, "beginning", lambda shard: ["one", "two"])
             assert named(tmp_path / "a.jsonl") != before
 

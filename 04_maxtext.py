@@ -369,7 +369,7 @@ def fits_vmem(T, H):
 
 
 def one_length(config, changes):
-    """Returns changes of a Config: of num_iterations, hours and credits the new one takes the place of the others.
+    """Returns changes of a Config, in which a new num_iterations, hours or credits unsets the two others.
     Raises InputError if two of them are new."""
     unset = {"num_iterations": -1, "hours": 0.0, "credits": 0.0}
     new = [name for name in unset if changes.get(name, unset[name]) not in (unset[name], getattr(config, name))]
@@ -407,7 +407,7 @@ AUTO = "must not be negative, or -1 for the default rule", lambda value: value >
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseConfig:
+class Options:
     """The options that do not depend on the architecture. The class Config below adds n_embd, mlp_dim and depth."""
 
     n_head: int = option(8, "query heads, N", POSITIVE)
@@ -416,7 +416,7 @@ class BaseConfig:
     vocab_size: int = option(32768, "vocabulary size, V", at_least(257, "a token for each byte, and BOS"))
     seq_len: int = option(2048, "tokens of a sequence, T", at_least(2, "a token, and the one after it"))
     window_pattern: str = option(
-        "SSSL", "a letter a layer: S sees T/2 tokens back, L all; the last layer sees all", LETTERS
+        "SSSL", "one letter per layer: S sees T/2 tokens back, L all; the last layer sees all", LETTERS
     )
     softcap: float = option(15.0, "logits are softcap·tanh(logits/softcap)", SOFTCAP)
 
@@ -435,7 +435,7 @@ class BaseConfig:
     )
 
     # Optimization: traced scalars on the device
-    learning_rate: float = free(3e-4, "peak learning rate", POSITIVE)
+    learning_rate: float = free(3e-4, "peak learning rate; the head has four times as much", POSITIVE)
     weight_decay: float = free(0.1, "weight decay of the matrices, times the learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
@@ -457,7 +457,7 @@ class BaseConfig:
         -1, "shuffle shards, and blocks of so many documents; -1 = 1,000 for your own data, else 0", AUTO
     )
     num_shards: int = free(50, "train on at most so many shards; -1 = all", POSITIVE_OR_AUTO)
-    seed: int = free(0, "seed of the initial weights", NOT_NEGATIVE)
+    seed: int = free(0, "seed of the initial weights and of the shuffle", NOT_NEGATIVE)
     hf_repo_id: str = host("", "your own Hub repo, owner/name: for a tokenizer, and for backups")
     run_dir: str = host("runs/train", "the folder for everything that the run writes")
     resume: str = host("auto", "auto = go on with an unfinished run; never = a new folder", one_of("auto", "never"))
@@ -474,26 +474,11 @@ class BaseConfig:
     eval_tokens: int = host(524_288, "validation tokens of an evaluation during training", POSITIVE)
     final_eval_tokens: int = host(16_777_216, "validation tokens of the last evaluation; -1 = all", POSITIVE_OR_AUTO)
 
-    def __post_init__(self):
-        if isinstance(self.mesh, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", self.mesh)):
-            object.__setattr__(self, "mesh", (int(match[1]), int(match[2])))
-        elif isinstance(self.mesh, list):
-            object.__setattr__(self, "mesh", tuple(self.mesh))
-        check_options(self)
-        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
-        ratios = self.warmup_ratio + self.warmdown_ratio
-        require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
-        require(not self.hours or not self.credits, "hours", self.hours, "give hours or credits, not both")
-        hub = self.backup != "hub" or self.hf_repo_id
-        require(hub, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own")
-        pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)
-        require(self.mesh == "auto" or pair, "mesh", self.mesh, "must be auto, or two positive numbers, such as (2, 4)")
-        self.check_architecture()
-        check_attention(self)
-        require(
-            self.total_batch_size == -1 or self.total_batch_size % self.tokens_per_pass == 0, "total_batch_size",
-            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len·devices = {self.tokens_per_pass}",
-        )  # fmt: skip
+
+# %% Derived sizes cellView="form" tags=["shared"]
+# @title Derived sizes
+class Sizes(Options):
+    """What follows from the options."""
 
     @property
     def kv_heads(self):  # K
@@ -503,7 +488,8 @@ class BaseConfig:
     def shuffle_block(self):
         """Documents in a block that is shuffled; 0 = the order of the files."""
         shuffled_already = self.dataset == "embedded" or self.dataset in HUB_SHARDS
-        return self.shuffle if self.shuffle >= 0 else 0 if shuffled_already else 1000
+        default = 0 if shuffled_already else 1000
+        return default if self.shuffle == -1 else self.shuffle
 
     @property
     def windows(self):
@@ -545,6 +531,33 @@ class BaseConfig:
             return self.num_iterations
         tokens = self.target_param_data_ratio * count_params(self)["total"]
         return max(1, round(tokens / self.tokens_per_step))
+
+
+# %% Checks of a Config cellView="form" tags=["shared"]
+# @title Checks of a Config
+class BaseConfig(Sizes):
+    """Options that are checked, changed by `replace`, and chosen for a device."""
+
+    def __post_init__(self):
+        if isinstance(self.mesh, str) and (match := re.fullmatch(r"\(?\s*(\d+)\s*[x,]\s*(\d+)\s*\)?", self.mesh)):
+            object.__setattr__(self, "mesh", (int(match[1]), int(match[2])))
+        elif isinstance(self.mesh, list):
+            object.__setattr__(self, "mesh", tuple(self.mesh))
+        check_options(self)
+        require(self.n_head % self.kv_heads == 0, "n_kv_head", self.n_kv_head, f"must divide n_head={self.n_head}")
+        ratios = self.warmup_ratio + self.warmdown_ratio
+        require(ratios <= 1, "warmup_ratio + warmdown_ratio", ratios, "must be at most 1: they are shares of one run")
+        require(not self.hours or not self.credits, "hours", self.hours, "give hours or credits, not both")
+        hub = self.backup != "hub" or self.hf_repo_id
+        require(hub, "backup", self.backup, "needs hf_repo_id, a Hub repo of your own")
+        pair = isinstance(self.mesh, tuple) and len(self.mesh) == 2 and all(type(n) is int and n > 0 for n in self.mesh)
+        require(self.mesh == "auto" or pair, "mesh", self.mesh, "must be auto, or two positive numbers, such as (2, 4)")
+        self.check_architecture()
+        check_attention(self)
+        require(
+            self.total_batch_size == -1 or self.total_batch_size % self.tokens_per_pass == 0, "total_batch_size",
+            self.total_batch_size, f"must be a multiple of device_batch_size·seq_len·devices = {self.tokens_per_pass}",
+        )  # fmt: skip
 
     def replace(self, **changes):
         """Returns a copy with some fields changed, validated again."""
@@ -615,8 +628,8 @@ def merge_heads(y):
     return y.swapaxes(1, 2).reshape(B * T, N * H)
 
 
-# %% Counts cellView="form" tags=["shared"]
-# @title Counts
+# %% Parts cellView="form" tags=["shared"]
+# @title Parts
 def part_of(path):
     """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree."""
     name = path[-1].key
@@ -625,6 +638,8 @@ def part_of(path):
     return "embed" if "embed" in name else "mlp" if name in ("gate", "up", "down") else "attn"
 
 
+# %% Counts cellView="form" tags=["shared"]
+# @title Counts
 def count_params(config):
     """Returns exact parameter counts by part, and their total. 'attn' includes the residual scalars of each layer."""
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -1283,7 +1298,7 @@ def cast_weights(config, params):
     already cast come back as they are."""
 
     def cast(path, weight):
-        keep = weight.ndim == 0 or "embed" in path[-1].key
+        keep = weight.ndim == 0 or part_of(path) == "embed"
         return weight if keep else weight.astype(config.compute_dtype)
 
     return shard_weights(config, jax.tree_util.tree_map_with_path(cast, params))
@@ -1350,12 +1365,12 @@ HEAD_RATE = 4  # the head's learning rate over config.learning_rate
 
 def rate_share(path):
     """Returns the learning rate of a parameter over config.learning_rate."""
-    return HEAD_RATE if path[-1].key == "lm_head" else 1
+    return HEAD_RATE if part_of(path) == "lm_head" else 1
 
 
 def is_decayed(path, p):
     """Whether weight decay applies to parameter p: to matrices, not to the embedding nor to scalars."""
-    return p.ndim > 1 and path[0].key != "embed"
+    return p.ndim > 1 and part_of(path) != "embed"
 
 
 def init_moments(config, params):
@@ -1502,7 +1517,7 @@ GROUP_CHARS = 50_000  # short documents are encoded in groups: a thread's task s
 
 
 class Position(NamedTuple):
-    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in pass `epoch`."""
+    """Where a token stands: `offset` tokens into document `row` of training shard `shard`, in epoch `epoch`."""
 
     epoch: int = 0
     shard: int = 0
@@ -1521,7 +1536,7 @@ def document_groups(shards, start, process=0, processes=1, shuffle=0, seed=0):
     """Yields lists of (Position, text), forever, about GROUP_CHARS each, and an empty list at the end of each shard.
 
     `shards` are functions that return a Shard; the next one is called in the background while one is read. `shuffle`:
-    each pass takes the shards in another order, and the documents of a shard in blocks of so many, shuffled.
+    each epoch takes the shards in another order, and the documents of a shard in blocks of so many, shuffled.
     Of several processes, each takes every n-th row. Raises InputError if `start` is not in its shard.
     """
 
@@ -1544,7 +1559,7 @@ def document_groups(shards, start, process=0, processes=1, shuffle=0, seed=0):
             if chars >= GROUP_CHARS:
                 yield group
                 group, chars = [], 0
-        if documents == 0 or place.row == 0 and documents < processes:
+        if documents == 0 or (place.row == 0 and documents < processes):
             raise InputError(f"{shard.name}: has no document from row {place.row} on for each of {processes} processes")
         if group:
             yield group
@@ -1701,11 +1716,11 @@ class PrefetchDataLoader:
 
 # %% Evaluate cellView="form" tags=["shared"]
 # @title Evaluate
-def validation_batches(config, tokenizer, path, max_tokens=-1):
+def validation_batches(config, tokenizer, shard, max_tokens=-1):
     """Returns [(tokens, targets, bytes of each target)] of a shard, int32 [B, T], padded by targets of −1."""
     _, B, T = config.batch_shape
     stream, held = [], 0
-    for _, text in read_documents(path):
+    for _, text in read_documents(shard):
         stream.append(encode_document(tokenizer, text))
         held += len(stream[-1])
         if 0 <= max_tokens < held:
@@ -1735,7 +1750,7 @@ def evaluate(config, params, batches):
     weights, sums = evaluation_weights(config, params), []
     for tokens, targets, _ in batches:
         sums.append(evaluation_step(config, weights, *put(config, (tokens, targets), ROWS))[0])
-        # Two in flight keep the device busy, and a stop request waits for no more. On several CPUs 39 hung.
+        # Two in flight keep the device busy, and a stop request waits for no more. (39 deadlocked several CPU devices.)
         jax.block_until_ready(sums[-2:][0])
     nats = sum(x.astype(np.float64) for x in jax.device_get(sums))
     count = sum((targets >= 0).sum(axis=0) for _, targets, _ in batches)
@@ -1774,8 +1789,8 @@ def decode_token(config, weights, cache, tokens, position):
 # %% Sample cellView="form" tags=["shared"]
 # @title Sample
 def pick_token(key, logits, temperature, top_k, top_p):
-    """Draws ids [B] from logits [B, V] over the temperature: of the top_k likeliest, those before which less than top_p
-    of the probability lies. Temperature 0 takes the likeliest."""
+    """Draws ids [B] from logits [B, V] over the temperature, among the top_k likeliest, and of these among the smallest
+    set whose probability reaches top_p. Temperature 0 takes the likeliest."""
 
     def draw():
         scaled = logits / temperature
@@ -1805,7 +1820,7 @@ def sample_tokens(config, params, tokens, lengths, end, stop, key, temperature, 
         following = pick_token(jax.random.fold_in(key, position), logits, temperature, top_k, top_p)
         in_prompt = position + 1 < lengths
         following = jnp.where(in_prompt, tokens[:, position + 1], jnp.where(done, stop, following))
-        done = done | ((following == stop) | (position + 2 >= end)) & ~in_prompt
+        done = done | (((following == stop) | (position + 2 >= end)) & ~in_prompt)
         return position + 1, tokens.at[:, position + 1].set(following), cache, done
 
     start = (jnp.zeros((), jnp.int32), tokens, cache, jnp.zeros(tokens.shape[0], bool))
@@ -1865,18 +1880,18 @@ def train(config, report=None):
     end it after the running step; `stopped` in the result names the signal. Whatever is raised, the state is saved
     before it leaves this function.
     """
-    with Training(config, report) as run:
-        run.work()  # what the run that is resumed has left undone after its last step
-        for step in run.steps():
-            run.trace(step)
+    with Training(config, report) as training:
+        training.work()  # what the run that is resumed has left undone after its last step
+        for step in training.steps():
+            training.trace(step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                tokens, targets = run.next_batch(step)
-                run.state, metrics = train_step(run.config, run.state, tokens, targets)
-            run.todo = work_after(run.config, step + 1)
-            run.log_step(step, metrics)
-            run.work()
-        run.finish()
-    return run.summary
+                tokens, targets = training.next_batch(step)
+                training.state, metrics = train_step(training.config, training.state, tokens, targets)
+            training.todo = work_after(training.config, step + 1)
+            training.log_step(step, metrics)
+            training.work()
+        training.finish()
+    return training.summary
 
 
 # %% Fused attention: arithmetic cellView="form" tags=["shared"]
@@ -2135,7 +2150,8 @@ def train_tokenizer(texts, vocab_size, max_chars=2_000_000_000, doc_chars=10_000
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(stream(), merges, buffer_size=1024, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    hint = f"this text yields only {len(ranks)} tokens; give more text or ask for fewer"
+    most = len(ranks) + len(SPECIAL_TOKENS)
+    hint = f"this text yields only {most} tokens; set vocab_size={most}, or give more text"
     require(len(ranks) >= merges, "vocab_size", vocab_size, hint)
     return make_tokenizer(ranks)
 
@@ -2423,11 +2439,12 @@ def local_path(dataset):
     return embedded_folder() if dataset == "embedded" else Path(dataset).expanduser().absolute()
 
 
-def find_here(name):
-    """Returns a file or folder of our repository: beside this file, in the working folder or one above; or None."""
+def find_here(name, above=False):
+    """Returns a file of our repository: beside this file or the script, in the working folder or above it; or None."""
     names = globals()  # of this file: Python, VS Code and Jupyter each have one
     here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
-    places = Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents
+    beside = [Path(file).resolve().parent for file in (here, sys.argv[0])]
+    places = *beside, Path.cwd(), *(Path.cwd().parents if above else ())
     return next((place / name for place in places if (place / name).exists()), None)
 
 
@@ -2443,7 +2460,7 @@ def fetch_ours(name, hint):
 
 def embedded_folder():
     """Returns data/embedded: here, else fetched from GitHub."""
-    if found := find_here("data/embedded/tokenizer/tokenizer.json"):
+    if found := find_here("data/embedded/tokenizer/tokenizer.json", above=True):
         return found.parents[1]
     folder = cache_dir() / "embedded"
     names = [f"shard_{i:05d}.parquet" for i in range(5)]
@@ -2460,11 +2477,12 @@ def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
     text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
-    cells = re.split(r"^(?=# %%)", text.partition("\n# # Part II")[0], flags=re.M)
-    first = next(i for i, cell in enumerate(cells) if "\n# # Part I" in cell)
-    skipped = re.compile(r"# %%.*(\[markdown\]|tags=\[)")
-    blank = ["\n" * cell.count("\n") if i < first or skipped.match(cell) else cell for i, cell in enumerate(cells)]
-    exec(compile("".join(blank), str(path or name), "exec", dont_inherit=True), globals())
+    start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
+    require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
+    code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
+    code = "\n" * text[:start].count("\n") + code  # line numbers stay
+    exec(compile(code, str(path or name), "exec", dont_inherit=True), globals())
 
 
 def list_own_shards(config):
@@ -3267,7 +3285,9 @@ class RunLog:
             with self.watching("loss curve"):
                 self.draw()
         self.smooth = metrics["loss"] if self.smooth is None else 0.8 * self.smooth + 0.2 * metrics["loss"]
-        if rates["tokens_per_second"]:
+        if self.steps:
+            if not rates["tokens_per_second"]:  # the first line after a pause: the mean of the run
+                rates = self.rates(self.steps, self.seconds)
             left = datetime.timedelta(seconds=round(self.seconds / self.steps * (total - step - 1)))
             line = f"loss {metrics['loss']:.3f}, smoothed {self.smooth:.3f}, lr {metrics['learning_rate']:.1e}, "
             line += f"{show_rates(**rates)}, {left} left"
@@ -3347,6 +3367,114 @@ def agreed(number):
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)) if jax.process_count() > 1 else number)
 
 
+# %% Budget cellView="form" tags=["shared"]
+# @title Budget
+class Budget:
+    """The part of Training that sets its last step where hours or credits limit the run, and moves it: docs/budget.md.
+
+    `plan` is all that a resumed run needs: the seconds of a step, of the work between steps and after the last one, the
+    length in steps, and the step at which the warmdown began."""
+
+    def spent(self):
+        """Returns the seconds of the run, those of earlier sessions included."""
+        return self.before + time.perf_counter() - self.started
+
+    def first_plan(self):
+        """Sets how many steps the budget pays, from the speed of a few; an evaluated token costs a third of one."""
+        config, pace = self.config, seconds_per_step(self.config)
+        third = pace / 3 / config.tokens_per_step
+        if config.final_eval_tokens == -1:
+            self.last_batches = self.read_batches(-1)
+        tokens = sum(batch[0].size for batch in self.last_batches or ()) or config.final_eval_tokens
+        last = third * max(tokens, config.eval_tokens)
+        took = {"evaluate": third * config.eval_tokens}
+        self.plan = {"pace": pace, "took": took, "last": last, "rest": 0.0, "falls": 0}
+        steps, name = self.steps_left(), "credits" if config.credits else "hours"
+        needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * pace + last:.0f} s"
+        require(steps >= 20, name, getattr(config, name), f"is {self.budget:.1f} s, and {needed}; give more")
+        print(
+            f"budget  {self.budget:.0f} s, for about {steps:,} steps of {1e3 * pace:.1f} ms, and all else", flush=True
+        )
+        self.plan["length"] = {"num_iterations": steps}
+
+    def hyper(self):
+        """Returns the scalars of the schedule on the devices, with those that the budget has set."""
+        planned = (self.plan or {}).get("hyper", {})
+        return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
+
+    def steps_left(self, done=0):
+        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.2% of it."""
+        config, plan = self.config, self.plan
+        left = 0.998 * self.budget - self.spent() - plan["last"] - plan["rest"]
+        every = [config.eval_interval, config.sample_interval, config.save_interval]
+        work = [(plan["took"].get(name, 0), n) for name, n in zip(WORK, every) if n]
+
+        def seconds(steps):  # after the last of them comes the work of `last` and `rest`
+            return steps * plan["pace"] + sum(took * ((done + steps - 1) // n - done // n) for took, n in work)
+
+        return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
+
+    def measure(self):
+        """Notes in the plan what the work takes, and what a step has taken since the look before: 30 steps or more."""
+        self.plan["took"] |= self.took
+        done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
+        if before := [x for x in self.measured if x[0] <= done - 30]:
+            self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
+        self.measured.append((done, seconds))
+
+    def rehearse(self):
+        """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
+        self.saver.writing.result()
+        took = self.plan["took"]
+        took["write"] = self.saver.seconds or took.get("write", 0)  # a session that was resumed has not written
+        self.plan["rest"] = sum(took.get(name, 0) for name in ("sample", "save", "write"))
+        self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
+        some = self.last_batches[:32]
+        evaluate(self.config, self.state.params, some[:1])  # compiles
+        started = time.perf_counter()
+        evaluate(self.config, self.state.params, some)
+        self.plan["last"] = (time.perf_counter() - started) * len(self.last_batches) / len(some)
+
+    def move_end(self, least=0.0):
+        """Sets the last step anew, by what this run has measured, if the pace has changed by this share at least. The
+        next look is after an eighth of the steps until the warmdown, or in it until the end, 32 at least. In the
+        warmdown, the learning rate falls from where it is to its end along one line."""
+        log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
+        if done == total:
+            return
+        with log.paused(self.state, "planning"), self.interruptible():
+            before, until = self.plan["pace"], total if self.plan["falls"] else warmdown_step(config)
+            self.next_look = done + max(32, (until - done) // 8)
+            self.measure()
+            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
+                self.plan["pace"] = before
+                return
+            end = done + self.steps_left(done)
+            begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
+            falls = bool(self.plan["falls"]) or done >= begins
+            if falls and not self.plan["falls"] and not {"sample", "save"} <= self.plan["took"].keys():
+                this = self.todo[: "move_end" in self.todo]  # work() ends it; a look is not in the list
+                self.todo = this + due_at_warmdown(config)  # earlier than planned: measure them first
+                return
+            if falls:
+                self.plan["falls"] = self.plan["falls"] or done
+                if not least:
+                    self.rehearse()
+                    end = done + self.steps_left(done)
+        hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
+        falling = round(config.warmdown_ratio * end)
+        if falls:
+            falling = (end - done) / min(1, (total - done) / max(1, hyper["warmdown_steps"]))
+            length["warmdown_ratio"] = min(falling / end, 1 - config.warmup_ratio)
+        self.plan["length"], self.config = length, dataclasses.replace(config, **length)
+        self.plan["hyper"] = {"warmup_steps": hyper["warmup_steps"], "warmdown_steps": falling}
+        self.state = self.state._replace(hyper=self.hyper())
+        log.total = log.bar.total = end
+        if falls and not least or abs(end - total) > 0.05 * total:
+            begins = "the warmdown begins, and " * (done == self.plan["falls"])
+            log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
+
+
 # %% Training cellView="form" tags=["shared"]
 # @title Training
 SAMPLE_PROMPTS = ("It is a truth", "The people of the United States", "She said that")
@@ -3393,7 +3521,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-class Training:
+class Training(Budget):
     """All that surrounds the training loop: data, run folder, log, checkpoints, trace. Use it in a `with` block.
 
     What can be wrong with the Config, the shards, the tokenizer or the run folder is raised before anything compiles.
@@ -3624,7 +3752,7 @@ class Training:
             self.log.say(f"first step after {seconds:.1f} s, compilation included; loss {float(metrics['loss']):.3f}")
         start, stop = self.taken[1], self.loader.position
         batch = f"document {start.row} (from token {start.offset}) of training shard {start.shard} "
-        batch += f"to document {stop.row} of shard {stop.shard}, pass {start.epoch}"
+        batch += f"to document {stop.row} of shard {stop.shard}, epoch {start.epoch}"
         self.log.train_step(step, metrics, batch, self.loader.wait_seconds)
         self.saver.check()
         if is_first() and (due(step, self.config.log_interval) or step == self.first_step):
@@ -3662,7 +3790,8 @@ class Training:
                 self.batches = last and self.last_batches or self.read_batches(amount)
             self.validated = evaluate(self.config, self.state.params, self.batches) | {"step": done}
         loss, bpb = self.validated["loss"], self.validated["bpb"]
-        if not self.best or not last and loss < self.best["val_loss"]:  # the last is of other tokens
+        comparable = not last or self.config.final_eval_tokens == self.config.eval_tokens
+        if not self.best or (comparable and loss < self.best["val_loss"]):
             self.best = {"step": done, "val_loss": loss, "val_bpb": bpb}
         if not self.report:
             self.log.say(f"validation loss {loss:.4f}, {bpb:.4f} bits per byte", done)
@@ -3679,105 +3808,6 @@ class Training:
             if not self.report:
                 self.log.say(f"sample: {texts[0]!r}", self.log.done)
             self.log.write(self.log.done, samples=texts)
-
-    def spent(self):
-        """Returns the seconds of the run, those of earlier sessions included."""
-        return self.before + time.perf_counter() - self.started
-
-    def first_plan(self):
-        """Sets how many steps the budget pays, from the speed of a few; an evaluated token costs a third of one."""
-        config, pace = self.config, seconds_per_step(self.config)
-        third = pace / 3 / config.tokens_per_step
-        if config.final_eval_tokens == -1:
-            self.last_batches = self.read_batches(-1)
-        tokens = sum(batch[0].size for batch in self.last_batches or ()) or config.final_eval_tokens
-        last = third * max(tokens, config.eval_tokens)
-        took = {"evaluate": third * config.eval_tokens}
-        self.plan = {"pace": pace, "took": took, "last": last, "rest": 0.0, "falls": 0}
-        steps, name = self.steps_left(), "credits" if config.credits else "hours"
-        needed = f"to start, 20 steps and an evaluation take {self.spent() + 20 * pace + last:.0f} s"
-        require(steps >= 20, name, getattr(config, name), f"is {self.budget:.1f} s, and {needed}; give more")
-        print(
-            f"budget  {self.budget:.0f} s, for about {steps:,} steps of {1e3 * pace:.1f} ms, and all else", flush=True
-        )
-        self.plan["length"] = {"num_iterations": steps}
-
-    def hyper(self):
-        """Returns the scalars of the schedule on the devices, with those that the budget has set."""
-        planned = (self.plan or {}).get("hyper", {})
-        return put(self.config, hyperparams(self.config) | {name: np.float32(x) for name, x in planned.items()})
-
-    def steps_left(self, done=0):
-        """Returns how many steps, with the work between them, fit what is left of the budget but for 0.2% of it."""
-        config, plan = self.config, self.plan
-        left = 0.998 * self.budget - self.spent() - plan["last"] - plan["rest"]
-        every = [config.eval_interval, config.sample_interval, config.save_interval]
-        work = [(plan["took"].get(name, 0), n) for name, n in zip(WORK, every) if n]
-
-        def seconds(steps):  # after the last of them comes the work of `last` and `rest`
-            return steps * plan["pace"] + sum(took * ((done + steps - 1) // n - done // n) for took, n in work)
-
-        return max(1, agreed(bisect.bisect_right(range(1, 2**31), left, key=seconds)))
-
-    def measure(self):
-        """Notes in the plan what the work takes, and what a step has taken since the look before: 30 steps or more."""
-        self.plan["took"] |= self.took
-        done, seconds = self.log.done - self.first_step, time.perf_counter() - self.started - self.log.times.total()
-        if before := [x for x in self.measured if x[0] <= done - 30]:
-            self.plan["pace"] = (seconds - before[-1][1]) / (done - before[-1][0])
-        self.measured.append((done, seconds))
-
-    def rehearse(self):
-        """Reads the tokens of the last evaluation, and notes in the plan what comes after the last step."""
-        self.saver.writing.result()
-        took = self.plan["took"]
-        took["write"] = self.saver.seconds or took.get("write", 0)  # a session that was resumed has not written
-        self.plan["rest"] = sum(took.get(name, 0) for name in ("sample", "save", "write"))
-        self.last_batches = self.last_batches or self.read_batches(self.config.final_eval_tokens)
-        some = self.last_batches[:32]
-        evaluate(self.config, self.state.params, some[:1])  # compiles
-        started = time.perf_counter()
-        evaluate(self.config, self.state.params, some)
-        self.plan["last"] = (time.perf_counter() - started) * len(self.last_batches) / len(some)
-
-    def move_end(self, least=0.0):
-        """Sets the last step anew, by what this run has measured, if the pace has changed by this share at least. The
-        next look is after an eighth of the steps until the warmdown, or in it until the end, 32 at least. In the
-        warmdown, the learning rate falls from where it is to its end along one line."""
-        log, config, done, total = self.log, self.config, self.log.done, self.config.total_steps
-        if done == total:
-            return
-        with log.paused(self.state, "planning"), self.interruptible():
-            before, until = self.plan["pace"], total if self.plan["falls"] else warmdown_step(config)
-            self.next_look = done + max(32, (until - done) // 8)
-            self.measure()
-            if least and agreed(abs(self.plan["pace"] / before - 1) < least):
-                self.plan["pace"] = before
-                return
-            end = done + self.steps_left(done)
-            begins = min(warmdown_step(config), end - round(config.warmdown_ratio * end))
-            falls = bool(self.plan["falls"]) or done >= begins
-            if falls and not self.plan["falls"] and not {"sample", "save"} <= self.plan["took"].keys():
-                this = self.todo[: "move_end" in self.todo]  # work() ends it; a look is not in the list
-                self.todo = this + due_at_warmdown(config)  # earlier than planned: measure them first
-                return
-            if falls:
-                self.plan["falls"] = self.plan["falls"] or done
-                if not least:
-                    self.rehearse()
-                    end = done + self.steps_left(done)
-        hyper, length = {name: float(x) for name, x in self.state.hyper.items()}, {"num_iterations": end}
-        falling = round(config.warmdown_ratio * end)
-        if falls:
-            falling = (end - done) / min(1, (total - done) / max(1, hyper["warmdown_steps"]))
-            length["warmdown_ratio"] = min(falling / end, 1 - config.warmup_ratio)
-        self.plan["length"], self.config = length, dataclasses.replace(config, **length)
-        self.plan["hyper"] = {"warmup_steps": hyper["warmup_steps"], "warmdown_steps": falling}
-        self.state = self.state._replace(hyper=self.hyper())
-        log.total = log.bar.total = end
-        if falls and not least or abs(end - total) > 0.05 * total:
-            begins = "the warmdown begins, and " * (done == self.plan["falls"])
-            log.say(f"{begins}{end - done:,} steps fit the budget; {total - done:,} were planned", done)
 
     def save(self):
         """Saves a checkpoint in the background, after the one before."""
@@ -3802,14 +3832,14 @@ class Training:
     def finish(self):
         """Waits for the last checkpoint, draws the curve, and makes the summary of the run."""
         log, config, validated = self.log, self.config, self.validated
-        if self.asked and not self.lost and not self.report:
+        if self.asked and log.done and not self.lost and not self.report:
             log.say(f"{self.asked[0]}: stopped after step {log.done}; its checkpoint is kept")
         with log.paused(self.state, "saving"):
             if not self.lost:
                 self.saver.writing.result()
             spent = self.spent()  # not the copy to a backup
             self.end_saving()
-        if is_first():
+        if is_first() and log.done:
             with log.watching("loss curve"):
                 log.draw()
         if self.wandb:
@@ -4118,8 +4148,8 @@ with one_line_errors():
 show_summary(summary)
 if summary["stopped"] and not IN_NOTEBOOK:
     raise SystemExit(128 + signal.Signals[summary["stopped"]])
-if jax.process_count() > 1:
-    raise SystemExit  # the cells below look at the model on one host
+if jax.process_count() > 1 or not list_checkpoints(summary["run_dir"]):
+    raise SystemExit  # the cells below look at a checkpoint, on one host
 
 # %% [markdown]
 # ## What came out

@@ -483,11 +483,12 @@ def local_path(dataset):
     return embedded_folder() if dataset == "embedded" else Path(dataset).expanduser().absolute()
 
 
-def find_here(name):
-    """Returns a file or folder of our repository: beside this file, in the working folder or one above; or None."""
+def find_here(name, above=False):
+    """Returns a file of our repository: beside this file or the script, in the working folder or above it; or None."""
     names = globals()  # of this file: Python, VS Code and Jupyter each have one
     here = names.get("__file__") or names.get("__vsc_ipynb_file__") or os.environ.get("JPY_SESSION_NAME", "notebook")
-    places = Path(here).resolve().parent, Path.cwd(), *Path.cwd().parents
+    beside = [Path(file).resolve().parent for file in (here, sys.argv[0])]
+    places = *beside, Path.cwd(), *(Path.cwd().parents if above else ())
     return next((place / name for place in places if (place / name).exists()), None)
 
 
@@ -503,7 +504,7 @@ def fetch_ours(name, hint):
 
 def embedded_folder():
     """Returns data/embedded: here, else fetched from GitHub."""
-    if found := find_here("data/embedded/tokenizer/tokenizer.json"):
+    if found := find_here("data/embedded/tokenizer/tokenizer.json", above=True):
         return found.parents[1]
     folder = cache_dir() / "embedded"
     names = [f"shard_{i:05d}.parquet" for i in range(5)]
@@ -520,11 +521,12 @@ def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
     text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
-    cells = re.split(r"^(?=# %%)", text.partition("\n# # Part II")[0], flags=re.M)
-    first = next(i for i, cell in enumerate(cells) if "\n# # Part I" in cell)
-    skipped = re.compile(r"# %%.*(\[markdown\]|tags=\[)")
-    blank = ["\n" * cell.count("\n") if i < first or skipped.match(cell) else cell for i, cell in enumerate(cells)]
-    exec(compile("".join(blank), str(path or name), "exec", dont_inherit=True), globals())
+    start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
+    require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
+    code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
+    code = "\n" * text[:start].count("\n") + code  # line numbers stay
+    exec(compile(code, str(path or name), "exec", dont_inherit=True), globals())
 
 
 def list_own_shards(config):

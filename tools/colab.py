@@ -199,8 +199,8 @@ def run(kind, name, settings=(), out=None):
             raise Wrong(2, f"--out {out}: {content} is already there; remove it, or name another folder")
         content.mkdir(parents=True)
         (content / name).write_text(json.dumps(notebook), encoding="utf-8")
-        for needed in ("02_train.py", "08_data.py"):  # in Colab they are fetched from GitHub, where they are needed
-            shutil.copyfile(ROOT / needed, content / needed)
+        for needed in ROOT.glob("0[28]*.py"):  # in Colab they are fetched from GitHub, where they are needed
+            shutil.copyfile(needed, content / needed.name)
         copy, environment = prepare(Path(folder), venv)
         options = dict(cwd=content, env=environment, capture_output=True, encoding="utf-8")
         python, before, start = copy / "bin" / "python", packages_of(copy), time.monotonic()

@@ -6,6 +6,8 @@ import math
 import os
 import platform
 import re
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -202,3 +204,31 @@ def test_a_report_gets_the_lines_of_the_log_and_may_end_the_run(nb, finished, tm
     with pytest.raises(KeyError, match="enough"):
         nb.train(tiny(nb, tmp_path / "stopped"), report=enough)
     assert saved_steps(tmp_path / "stopped")[-1] in (8, 9, 10)
+
+
+def test_a_line_follows_each_pause(nb, tmp_path, capsys):
+    """Where nobody sees a bar: after an evaluation there is no rate yet, and the line shows the mean of the run."""
+    nb.train(tiny(nb, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert re.findall(r"^step +(\d+)/12  loss .* [\d,]+ tok/s", out, re.M) == ["2", "4", "6", "8", "10"]
+
+
+def test_the_last_evaluation_may_be_the_best(nb, tmp_path):
+    """If it is of the same tokens as those before."""
+    summary = nb.train(tiny(nb, tmp_path / "run", final_eval_tokens=TINY["eval_tokens"], learning_rate=3e-4))
+    losses = {row["step"]: row["val_loss"] for row in metrics(tmp_path / "run") if "val_loss" in row}
+    assert summary["best"]["step"] == min(losses, key=losses.get) == 12
+
+
+def test_a_stop_before_the_first_step(nb, tmp_path, monkeypatch, capsys):
+    """There is nothing to save or to draw, and nothing is said to be kept."""
+
+    def stopped(loader):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(nb.PrefetchDataLoader, "__next__", stopped)
+    summary = nb.train(tiny(nb, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert (summary["stopped"], summary["step"]) == ("SIGTERM", 0) and not summary["finished"]
+    assert "SIGTERM: there is no checkpoint yet" in out and "kept" not in out and "failed" not in out

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import EMBEDDED, ROOT, contents, one_line, output_of, read_until, script, started, until, without_hub
+from tests.helpers import ROOT, contents, one_line, output_of, read_until, script, started, until, without_hub
 from tests.wandb_server import KEY, WandbServer
 
 TRIAL = dict(
@@ -119,7 +119,7 @@ def test_the_subject_is_any_notebook(tmp_path):
     """06 as a .ipynb of another name, as a person would save one; what is no notebook is a line."""
     mine = json.loads((ROOT / "06_recipe.ipynb").read_text())
     (tmp_path / "mine.ipynb").write_text(json.dumps(mine))
-    options = TRIAL | dict(head_dim=8, dataset=EMBEDDED, trials=1, num_iterations=20, run_dir="runs")
+    options = TRIAL | dict(head_dim=8, trials=1, num_iterations=20, run_dir="runs")
     options = [f"--{name}={value}" for name, value in options.items()]
     done = script("03_worker.py", "mine.ipynb", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -91,7 +91,8 @@ def test_the_three_parts_of_02():
     assert list(found) == ["", "Part I", "Part II", "Part III"]
     collapsed = {part: {title for title, _, form in cells if form} for part, cells in found.items()}
     assert collapsed["Part I"] == {
-        "Options", "Checks of options", "Mesh", "Attention by libraries", "Devices of the mesh", "Norms",
+        "Options", "Checks of options", "Checks of a Config", "Mesh", "Attention by libraries", "Devices of the mesh",
+        "Norms",
     }  # fmt: skip
     assert len(collapsed["Part II"]) == len(found["Part II"])
     for part in ("", "Part III"):

@@ -495,3 +495,27 @@ print(count, (peak() - before) // 1024)
         count, grown = map(int, done.stdout.split()[-2:])
         assert count >= megabytes * 900 and grown < 100, (name, count, grown)
         (tmp_path / name).unlink()
+
+
+# ---- the notebook that reads it
+
+
+def test_what_is_not_08_is_not_executed(nb, tmp_path, monkeypatch):
+    """A file of its name that lies in the way; a notebook that is nowhere."""
+    (tmp_path / "08_data.py").write_text("raise SystemExit(9)")
+    monkeypatch.setattr(nb, "find_here", lambda name: tmp_path / name)
+    with pytest.raises(nb.InputError) as error:
+        nb.execute_part_one("08_data.py")
+    assert one_line(str(error.value), "08_data.py=", str(tmp_path), "move it away")
+    monkeypatch.setattr(nb, "find_here", lambda name: None)
+    monkeypatch.setattr(nb.urllib.request, "urlopen", lambda *_, **how: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(nb.InputError) as error:
+        nb.execute_part_one("08_data.py")
+    assert one_line(str(error.value), "main/08_data.py: no network", "set dataset='embedded'")
+
+
+def test_a_traceback_points_into_08(nb):
+    """Its lines keep their numbers."""
+    nb.execute_part_one("08_data.py")
+    line = nb.text_rows.__code__.co_firstlineno
+    assert (ROOT / "08_data.py").read_text().splitlines()[line - 1].startswith("def text_rows(")

@@ -975,9 +975,13 @@ def embedded_folder():
 def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
-    text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
+    try:
+        text = path.read_text(encoding="utf-8") if path else fetch_ours(name, f"put {name} beside this file").decode()
+    except (OSError, UnicodeDecodeError):
+        text = ""
     start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
     require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    say_once(name, f"data    read by {path or f'{name} of GitHub'}")
     cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
     code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
     code = "\n" * text[:start].count("\n") + code  # line numbers stay

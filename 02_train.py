@@ -29,8 +29,8 @@
 # runtime it trains a demo of 3.7M parameters in a few minutes.
 #
 # - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →
-#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Text and results take
-#   40 minutes to read, and two hours with all of the code.
+#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Part I has 1,700 words
+#   of text, and 850 lines of code that are shown.
 # - **Part II, infrastructure**: the fused attention kernel, files, the Hub, checkpoints, logs, hosts. Its cells are
 #   collapsed; open the one that you need.
 # - **Part III, run**: configure, check the memory, train, look at the result.
@@ -40,8 +40,9 @@
 # | **B** | sequences of a microbatch, on all devices | | **N** | query heads | | **F** | hidden units of the MLP |
 # | **T** | tokens a sequence | | **K** | key/value heads | | **L** | layers |
 # | **D** | width of the model | | **H** | width of a head | | **V** | tokens in the vocabulary |
+# | **A** | microbatches of a step | | | | | | |
 #
-# The letters are those of [How to Scale Your Model](https://jax-ml.github.io/scaling-book/). **A** counts microbatches.
+# The letters are those of [How to Scale Your Model](https://jax-ml.github.io/scaling-book/).
 
 # %% [markdown]
 # ## Setup
@@ -295,18 +296,19 @@ def cpu_fact(name):
 #
 # One frozen dataclass holds every option. It is a *static* JAX type: `jax.jit` hashes it like a shape, and compiles a
 # program for each value. A sweep over learning rates must not compile each time, so most fields are not in the hash.
-# Four functions declare fields. They decide whether a change compiles, and whether a resumed run may differ.
+# The function that declares a field decides whether a change compiles, and whether a resumed run may differ.
 #
 # | declared by | changing it | a resumed run |
 # |---|---|---|
-# | `option` | compiles a new program | must have the same |
-# | `runtime` | compiles a new program | may change it, but not the tokens of a step |
-# | `free` | compiles nothing | must have the same |
-# | `host` | compiles nothing | may change it |
+# | `option`, such as `n_head` | compiles a new program | must have the same |
+# | `runtime`, such as `attn_impl` | compiles a new program | may change it, but not the tokens of a step |
+# | `free`, such as `learning_rate` | compiles nothing | must have the same |
+# | `host`, such as `log_interval` | compiles nothing | may change it |
 #
 # Those `free` fields that the step needs reach it as traced scalars, `state.hyper`. **Never read one from `config`
-# inside a jitted function**: the program would keep the value of its first call. To add a hyper-parameter, declare it
-# with `free`, add it to `hyperparams`, and read `hyper[name]`.
+# inside a jitted function**: Configs that differ in it alone are equal, so the program would keep the value of its
+# first call. To add a hyper-parameter, declare it with `free`, add it to `hyperparams`, and read `state.hyper[name]` in
+# `train_step`. `loss_fn` does not get it: pass it on, and keep it out of `token_losses`, which evaluation shares.
 
 
 # %% Options cellView="form" tags=["shared"]
@@ -450,12 +452,12 @@ class Options:
     total_batch_size: int = runtime(-1, "tokens per optimizer step; -1 = one pass; more accumulates", POSITIVE_OR_AUTO)
     grad_clip: float = runtime(0.0, "largest norm of the gradient; 0 = no clipping, which is faster", NOT_NEGATIVE)
     nonfinite: str = runtime(
-        "stop", "after a NaN or infinite gradient: stop, or skip the update", one_of("stop", "skip")
+        "stop", "after a NaN or infinite gradient: stop, or skip the update but count the step", one_of("stop", "skip")
     )
 
     # Optimization: traced scalars on the device
     learning_rate: float = free(3e-4, "peak learning rate; the head has four times as much", POSITIVE)
-    weight_decay: float = free(0.1, "weight decay of the matrices, times the learning rate", NOT_NEGATIVE)
+    weight_decay: float = free(0.1, "weight decay of the matrices, times their learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
     eps: float = free(1e-8, "AdamW's epsilon", at_least(1e-30, "float32 would divide by zero"))
@@ -662,7 +664,7 @@ if IN_NOTEBOOK:
     tiny = Config(n_head=2, head_dim=32, aspect_ratio=16, vocab_size=512, seq_len=64, device_batch_size=4, mesh=(1, 1))
     for name, c in {"reference": Config(mesh=(1, 1)), "demo": Config.demo().replace(mesh=(1, 1)), "tiny": tiny}.items():
         print(f"{name:10} D {c.n_embd} = N {c.n_head} × H {c.head_dim}, L {c.depth}, F {c.mlp_dim}, V {c.vocab_size}")
-        print(f"{'':10} {c.tokens_per_step:,} tokens a step; the layers see {c.windows} tokens back")
+        print(f"{'':10} {c.tokens_per_step:,} tokens a step; the first layers see {c.windows[:4]} tokens back")
 
 # %% [markdown]
 # ## Data parallelism and FSDP
@@ -673,10 +675,12 @@ if IN_NOTEBOOK:
 #
 # - **data**: the state is replicated. Gradients are summed over the devices.
 # - **fsdp** ([ZeRO](https://arxiv.org/abs/1910.02054)): weights, moments and gradients are sharded. A layer's weights
-#   are all-gathered in bfloat16 when it runs, and gradients are reduce-scattered. On n devices the state takes 1/n of
+#   are all-gathered in bfloat16 when it runs, and a TPU reduce-scatters gradients. On n devices the state takes 1/n of
 #   the memory.
 #
-# `mesh="auto"` is pure data parallelism. On one device the functions below return their argument, so skip them.
+# `mesh="auto"` is pure data parallelism. Five functions are collapsed below, and do nothing on one device: `constrain`
+# says how an activation is sharded, `shard_weights` how weights and gradients are, `gather_weights` all-gathers them,
+# `per_device` is a `shard_map`, and `ROWS` names the axes that split the batch.
 
 # %% Mesh cellView="form" tags=["shared"]
 # @title Mesh
@@ -729,12 +733,13 @@ def per_device(config, function):
 # - Norm: [RMSNorm](https://arxiv.org/abs/1910.07467) without weights, before each part, and on queries and keys
 #   (*QK-norm*).
 # - Position: [RoPE](https://arxiv.org/abs/2104.09864). MLP: [ReLU²](https://arxiv.org/abs/2109.08668).
-# - Attention: [grouped-query](https://arxiv.org/abs/2305.13245). Three layers of four see half the context.
+# - Attention: [grouped-query](https://arxiv.org/abs/2305.13245). Three layers of four see half the context, the last
+# one sees all of it.
 # - *x0 residuals*: each layer mixes the embedding back in, x ← a·x + b·x0, with its own learned a and b.
 # - Embedding and head are not tied. Logits are [soft-capped](https://arxiv.org/abs/2408.00118).
 #
 # x0 residuals and most initial values follow [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) and
-# nanochat; the embedding's are smaller here.
+# nanochat; those of the embedding are smaller here.
 
 
 # %% Initial values tags=["shared"]
@@ -751,7 +756,7 @@ def init_params(config, key):
     | resid_scale, x0_scale | []                     | 1 and 0.1                                                |
     """
     V, D, N, K, H, F = config.vocab_size, config.n_embd, config.n_head, config.kv_heads, config.head_dim, config.mlp_dim
-    keys = iter(jax.random.split(key, 2 + 8 * config.depth))  # more than are drawn: a new matrix changes no other
+    keys = iter(jax.random.split(key, 2 + 8 * config.depth))  # more than are drawn now
 
     def uniform(*shape):
         bound = (3 / D) ** 0.5  # of a uniform distribution with std 1/√D
@@ -809,7 +814,8 @@ def merge_heads(y):
 # %% [markdown]
 # ### Attention
 #
-# A query at t sees the keys from t − window to t. `attn_impl="auto"` takes the fastest that device and shape allow.
+# A query at t sees the keys from t − window to t. `attn_impl="auto"` takes `fused` on a TPU, `jax` on a GPU and
+# `einsum` on a CPU, where the shape allows it.
 #
 # | `attn_impl` | device | what it is |
 # |---|---|---|
@@ -931,7 +937,8 @@ def attend(config, q, k, v, T, window):
 
 # %% Try it: the attentions agree tags=["run"]
 if IN_NOTEBOOK:
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4, 128, 128), jnp.bfloat16)
+    q, *kv = jax.random.normal(jax.random.key(0), (3, 2, 4, 128, 128), jnp.bfloat16)
+    k, v = (x[:, :2] for x in kv)  # four query heads, two key/value heads
     exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), window=64)
     for impl in ["einsum", "jax"] + ["splash"] * (jax.default_backend() == "tpu"):
         error = jnp.abs(attention(q, k, v, window=64, impl=impl) - exact).max()
@@ -1035,16 +1042,16 @@ def forward(config, params, tokens):
 # %% Try it: an untrained model tags=["run"]
 if IN_NOTEBOOK:
     params = init_params(tiny, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (4, 64), 0, tiny.vocab_size)
-    logits = jax.jit(forward)(tiny, params, tokens)
-    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1).mean()
+    tokens = jax.random.randint(jax.random.key(1), (4, 65), 0, tiny.vocab_size)
+    logits = jax.jit(forward)(tiny, params, tokens[:, :-1])
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
     print(f"logits {logits.shape} {logits.dtype}; loss {loss:.4f}, ln V = {math.log(tiny.vocab_size):.4f}")
 
 # %% [markdown]
 # ### Parameters and FLOPs
 #
 # A matmul weight costs 2 FLOPs a token forward and 4 backward. Attention adds two T×T matmuls a layer, of which a
-# causal window needs only the visible part. Only visible keys are counted, whatever an implementation really computes.
+# causal window needs only the visible part. Only visible keys are counted, also where a kernel computes more.
 
 
 # %% Counts tags=["shared"]
@@ -1092,7 +1099,8 @@ if IN_NOTEBOOK:
 #
 # Cross-entropy is the log of the sum of exponentials, minus the target's logit, in float32. A head that starts near
 # zero gives ln V at step 0, the loss of a uniform guess. The softcap bounds the logits, so no maximum is subtracted.
-# The target's logit is a masked sum, which XLA fuses into the same pass. Indexing would gather, and scatter backward.
+# The target's logit is a masked sum, which XLA fuses into the same pass. Indexing would need a gather, and a scatter in
+# the backward pass.
 #
 # The logits `[B·T, V]` are the largest array of the step: 1 GiB in float32 for the reference. Autodiff would keep them.
 # The hand-written gradient keeps them in compute_dtype. In bfloat16 that saved 2.0 of 40.4 ms on a v6e (estimated, with
@@ -1165,16 +1173,17 @@ if IN_NOTEBOOK:
         print(f"gradient of {name:4} differs by {jnp.abs(a - b).max():.1e}; its values reach {jnp.abs(a).max():.1e}")
 
 # %% [markdown]
-# ## Optimizer
+# ## Optimizer and learning rate schedule
 #
 # [AdamW](https://arxiv.org/abs/1711.05101) with a trapezoid for the learning rate: linear warmup, constant, linear
 # warmdown. The loss falls clearly once more in the warmdown. Weight decay applies to the matrices, not to the embedding
-# (a rare token's row would shrink between its visits) nor to the scalars. The head learns at four times the rate of the
-# other weights: the two want different rates, and one rate for both cost the demo 0.04 bits per byte (docs/recipe.md).
+# (a rare token's row would shrink between its occurrences) nor to the scalars. The head learns at four times the rate
+# of the other weights: the two want different rates, and one rate for both cost the demo 0.04 bits per byte
+# (docs/recipe.md).
 #
-# Each number of the schedule is a traced scalar in the train state. (A budget, `hours` or `credits`, moves the
-# warmdown: for a schedule of another form give `num_iterations`.) The weights that AdamW updates (*masters*) and the
-# moments are float32. The forward pass reads a bfloat16 copy of the masters, which `cast_weights` makes once a step.
+# Each number of the schedule is a traced scalar in the train state. `hours` and `credits` assume the trapezoid: with
+# another schedule, set `num_iterations`. The weights that AdamW updates (*masters*) and the moments are float32. The
+# forward pass reads a bfloat16 copy of the matrices, which `cast_weights` makes once a step.
 
 
 # %% Schedule tags=["shared"]
@@ -1205,6 +1214,14 @@ def scheduled_lr(hyper, step):
     down = (hyper["total_steps"] - step) / jnp.maximum(hyper["warmdown_steps"], 1)
     frac = hyper["final_lr_frac"]
     return hyper["learning_rate"] * jnp.minimum(jnp.minimum(up, 1), frac + (1 - frac) * jnp.clip(down, 0, 1))
+
+
+# %% Try it: the schedule tags=["run"]
+if IN_NOTEBOOK:
+    hyper = hyperparams(tiny.replace(num_iterations=20, warmup_ratio=0.2, final_lr_frac=0.1))
+    for step in range(0, 20, 2):
+        rate = float(scheduled_lr(hyper, step))
+        print(f"step {step:2} {rate:.1e} " + "█" * round(1e5 * rate))
 
 
 # %% Adam tags=["shared"]
@@ -1303,10 +1320,11 @@ def device_mesh(config):
 # %% [markdown]
 # ## Train step
 #
-# The weights are cast once, before the microbatches. Gradients are added in float32. The state is donated,
-# so parameters and moments are updated in place. The function below *is* the compiled one: `train_step.lower(...)`
-# gives its program. Clipping and skipping are off by default because they cost time: both need the norm of the whole
-# gradient before the first weight is updated. Without them XLA updates a weight in the matmul that makes its gradient.
+# The weights are cast once, before the microbatches. Gradients of several microbatches are added in float32. The state
+# is donated, so parameters and moments are updated in place. The function below *is* the compiled one:
+# `train_step.lower(...)` gives its program. Clipping and skipping are off by default because they cost time: both need
+# the norm of the whole gradient before the first weight is updated. Without them XLA updates a weight in the matmul
+# that makes its gradient.
 
 
 # %% Train step tags=["shared"]
@@ -1368,9 +1386,9 @@ if IN_NOTEBOOK:
 # %% [markdown]
 # ### Weight and update norms
 #
-# How large are the weights of each part, and how far did the last step move them? A sudden change of the ratio is the
-# first sign of trouble; in the demo it is 0.002 to 0.02 for attention (measured). The update is recomputed from the
-# moments, on logged steps only.
+# How large are the weights of each part (`param_norm`), and how far did the last step move them (`update_norm`)? A
+# sudden change of the second over the first is the first sign of trouble; in the demo this ratio is 0.002 to 0.02 for
+# attention (measured). The update is recomputed from the moments, on logged steps only.
 
 
 # %% Norms cellView="form" tags=["shared"]
@@ -1395,12 +1413,13 @@ def state_norms(state):
 #
 # Documents become one endless stream of tokens, each document opened by BOS. The stream is cut every T tokens; targets
 # are the same stream, one token later. So every token is predicted once, none is dropped or padded. Attention is not
-# masked between documents. **Your own data**: `--dataset` names a file, a folder or a dataset of the Hub. Its documents
-# are shuffled in blocks of 1,000; the order of a block follows from seed, epoch, shard and number of the block.
+# masked between documents. **Your own data**: `CHANGES = {"dataset": "mine.csv", "text_column": "body"}` in Part III; a
+# dataset is a file, a folder, or a name of the Hub (docs/data.md). Its documents are shuffled in blocks of 1,000; the
+# order of a block follows from seed, epoch, shard and number of the block.
 #
-# Three generators do it: `document_groups` reads, `encoded_groups` encodes in threads (tiktoken releases the GIL),
-# `packed_batches` cuts. Each batch carries the position of the token after it. A resumed run starts there, whatever the
-# threads had read ahead.
+# Three generators make the batches: `document_groups` reads, `encoded_groups` encodes in threads (tiktoken releases the
+# GIL), `packed_batches` cuts. Each batch carries the position of the token after it. A resumed run starts there,
+# whatever the threads had read ahead.
 
 
 # %% Documents tags=["shared"]
@@ -1510,8 +1529,9 @@ if IN_NOTEBOOK:
     )
     texts = ["A document.", "Another one, which goes on in the next row.", "The last."]
     group = [(Position(row=row), encode_document(one_byte_each, text)) for row, text in enumerate(texts)]
-    tokens, _, place = next(packed_batches([group], (2, 32)))[0]
-    print(*(one_byte_each.decode(row).replace("<|bos|>", "▮") for row in tokens), sep="\n")
+    tokens, targets, place = next(packed_batches([group], (2, 32)))[0]
+    for name, rows in (("tokens", tokens), ("targets", targets)):
+        print(*(f"{name:8} {one_byte_each.decode(row).replace('<|bos|>', '▮')}" for row in rows), sep="\n")
     print("the next batch begins with", place)
 
 # %% [markdown]
@@ -1674,12 +1694,12 @@ def evaluate(config, params, batches):
 
 
 # %% [markdown]
-# ## Sample
+# ## Sampling with a KV cache
 #
-# One compiled loop serves every prompt. At each position the model reads one token, appends its keys and values to the
-# KV cache, and predicts the next. There is no separate prefill: inside the prompt, the prompt's next token replaces the
-# prediction. Temperature 0 takes the likeliest token. Else one of the `top_k` likeliest is drawn, of which only as many
-# stay as make up `top_p` of the probability ([nucleus sampling](https://arxiv.org/abs/1904.09751)).
+# One compiled loop serves all prompts of a batch size. At each position the model reads one token, appends its keys and
+# values to the KV cache, and predicts the next. There is no separate prefill: inside the prompt, the prompt's next
+# token replaces the prediction. Temperature 0 takes the likeliest token. Else one of the `top_k` likeliest is drawn, of
+# which only as many stay as make up `top_p` of the probability ([nucleus sampling](https://arxiv.org/abs/1904.09751)).
 
 
 # %% Decode tags=["shared"]
@@ -1786,20 +1806,26 @@ def generate(
     return texts[0] if isinstance(prompt, str) else texts
 
 
-# %% Try it: babble of an untrained model tags=["run"]
+# %% Try it: the KV cache against the forward pass tags=["run"]
 if IN_NOTEBOOK:
-    print(repr(generate(tiny, params, one_byte_each, "It is a truth", max_new_tokens=40)))
+    exact = tiny.replace(compute_dtype="float32")
+    noisy = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)
+    logits, cache = forward(exact, noisy, tokens := jnp.arange(64)[None]), [(jnp.zeros((2, 64, 32)),) * 2] * exact.depth
+    for t in range(8):
+        step, cache = decode_token(exact, noisy, cache, tokens, t)
+        print(f"position {t}: differs by {jnp.abs(step - logits[:, t]).max():.1e} of {jnp.abs(step).max():.1f}")
+    print(repr(generate(tiny, params, one_byte_each, "An untrained model babbles:", max_new_tokens=30)))
 
 # %% [markdown]
 # ## Training loop
 #
-# The host takes a batch that is there, dispatches a step, and goes on. **Metrics are read one log interval late**:
-# while the host waits for the loss of step 90, later steps are queued, at most a second's worth, so the device never
-# waits. When that loss arrives, step 90 is done; throughput is measured between two such moments. Only an evaluation, a
-# sample, a save or a trace lets the queue run empty; that time is not counted as training.
+# The host takes a ready batch, dispatches a step, and goes on. **Metrics are read one log interval late**: while the
+# host waits for the loss of step 90, later steps are queued, at most a second's worth, so the device never waits. When
+# that loss arrives, step 90 is done; throughput is measured between two such moments. Only an evaluation, a sample, a
+# save, a trace or a new plan for a budget lets the queue run empty. That time is not counted as training.
 #
 # `Training` (Part II) is all that surrounds the loop: data, run folder, log, checkpoints, trace. Between steps
-# `run.state` is whole: whatever is raised there, `Training` saves it first.
+# `training.state` is whole: whatever is raised there, `Training` saves it first.
 
 
 # %% Train tags=["shared"]
@@ -2438,9 +2464,13 @@ def embedded_folder():
 def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
-    text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
+    try:
+        text = path.read_text(encoding="utf-8") if path else fetch_ours(name, f"put {name} beside this file").decode()
+    except (OSError, UnicodeDecodeError):
+        text = ""
     start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
     require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    say_once(name, f"data    read by {path or f'{name} of GitHub'}")
     cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
     code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
     code = "\n" * text[:start].count("\n") + code  # line numbers stay

@@ -38,9 +38,19 @@
 # %% [markdown]
 # ## Setup
 #
-# The cells of the subject that define something become the module `nb`: its Config, its model, its training loop. A
-# file of that name in the working folder is taken first, `.py` or `.ipynb`, then GitHub's. Save the notebook that you
-# have changed to a mounted Drive, and give its path.
+# All code cells of the subject that are not tagged `run` are executed, and become the module `nb`: its Config, its
+# model, its training loop. A file of that name in the working folder is taken first, `.py` or `.ipynb`, then one beside
+# this notebook, then GitHub's. Save the notebook that you have changed to a mounted Drive, and give its path; tag the
+# cells `run` in which you only tried something. All workers of a sweep need the same subject and the same `CHANGES`.
+
+# %% Parameters tags=["parameters"]
+NOTEBOOK = "02_train.py"  # @param ["02_train.py", "04_maxtext.py", "06_recipe.py"] {allow-input: true}
+SWEEP_ID = ""  # @param {type:"string"}
+PROJECT = "tpuchat"  # @param {type:"string"}
+ENTITY = ""  # @param {type:"string"}
+RUNS = 40  # @param {type:"integer"}
+LOCAL_TRIALS = 4  # @param {type:"integer"}
+CHANGES = {}  # fields of the subject's Config that the search starts from, such as {"dataset": "my_folder"}
 
 # %% Install what is missing cellView="form" tags=["shared"]
 # @title Install what is missing
@@ -84,8 +94,11 @@ import functools
 import gc
 import itertools
 import json
+import linecache
 import math
+import pprint
 import random
+import shlex
 import shutil
 import sys
 import threading
@@ -107,36 +120,41 @@ class InputError(ValueError):
 # %% Load a notebook cellView="form" tags=["shared"]
 # @title Load a notebook
 def load_notebook(name):
-    """Returns a notebook, here, beside this file or on GitHub, as a module of its cells not tagged `run`."""
-    paths = Path(name).absolute(), Path(globals().get("__file__", "")).absolute().parent / name
-    web = f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
+    """Returns a notebook, .py or .ipynb, as a module of its code cells not tagged `run`, without lines of % and !.
+
+    It is looked for here, beside this file, and on GitHub. Raises InputError if it is nowhere, or no notebook."""
+    paths = Path(name).expanduser().absolute(), Path(globals().get("__file__", "")).absolute().parent / name
     path = next((path for path in paths if path.is_file()), None)
-    url = path.as_uri() if path else web
+    url = path.as_uri() if path else f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
     try:
-        text = urllib.request.urlopen(url, timeout=30).read().decode()
-        cells = json.loads(text)["cells"] if name.endswith(".ipynb") else []
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"notebook={name!r}: there is no such notebook here, and none at {url} ({error})") from error
-    cells = [cell for cell in cells if cell["cell_type"] == "code" and "run" not in cell["metadata"].get("tags", [])]
-    code = "\n".join("".join(cell["source"]) for cell in cells)
-    if not name.endswith(".ipynb"):
-        run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
-        cells = re.split(r"^(?=# %%)", text, flags=re.M)
-        code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
-    title = f"subject_{Path(name).stem}"
+        data = urllib.request.urlopen(url, timeout=30).read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"notebook={name!r}: there is no such file here, and none at {url} ({error})") from error
+    try:
+        if name.endswith(".ipynb"):
+            cells = [cell for cell in json.loads(data)["cells"] if cell["cell_type"] == "code"]
+            cells = ["".join(cell["source"]) for cell in cells if "run" not in cell["metadata"].get("tags", [])]
+            code = re.sub(r"^ *[%!].*", "", "\n".join(cells), flags=re.M)
+        else:
+            run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
+            cells = re.split(r"^(?=# %%)", data.decode(), flags=re.M)
+            code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"notebook={name!r}: {path or url} is no notebook ({error!r})") from error
+    title, file = f"subject_{Path(name).stem}", str(path or url)
+    linecache.cache[file] = len(code), None, code.splitlines(True), file  # a traceback shows the line
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
     if path:
-        module.__file__ = str(path)  # beside it is the embedded corpus
+        module.__file__ = file  # beside it is the embedded corpus
     if "get_ipython" in globals():
         module.get_ipython = get_ipython  # noqa: F821  by which the subject knows that it is in a notebook
-    exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
+    exec(compile(code, file, "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")
     return module
 
 
 # %% The subject
-NOTEBOOK = "02_train.py"  # @param ["02_train.py", "04_maxtext.py", "06_recipe.py"] {allow-input: true}
 if __name__ == "__main__" and not IN_NOTEBOOK and sys.argv[1:] and sys.argv[1].endswith((".py", ".ipynb")):
     NOTEBOOK = sys.argv.pop(1)
 try:
@@ -183,7 +201,7 @@ class SearchConfig(nb.Config):
     """The Config that a search starts from, and the options of the search itself."""
 
     sweep_id: str = host("", "id of the wandb sweep to join; empty = create a sweep")
-    project: str = host("tpuchat", "project of the sweep at wandb")
+    project: str = host("tpuchat", "project of the sweep at wandb", nb.PROJECT)
     entity: str = host("", "user or team that owns the project at wandb; empty = your default")
     runs: int = host(40, "most trials of a sweep that is created here, of all workers together", nb.POSITIVE)
     trials: int = host(4, "trials of a search without an account", nb.POSITIVE)
@@ -200,15 +218,15 @@ def searches_shapes(config):
 
 
 def base_config():
-    """Returns the base on this device: a trial takes minutes on a TPU or GPU, and seconds on a CPU."""
+    """Returns the base on this device: a trial takes minutes on a TPU or GPU, and less than one on a CPU."""
     config = SearchConfig.for_device()
-    config = config.replace(total_batch_size=-1, profile_steps=0)
+    config, run_dir = config.replace(total_batch_size=-1, profile_steps=0), f"runs/sweep-{Path(NOTEBOOK).stem}"
     if jax.default_backend() == "cpu":
         shape = dict(n_head=8, head_dim=16, aspect_ratio=32) if searches_shapes(config) else {}
         lengths = dict(num_iterations=60, eval_tokens=4096, final_eval_tokens=16_384)
-        return config.replace(**shape, **lengths, run_dir="runs/sweep-demo")
+        return config.replace(**shape, **lengths, run_dir=run_dir)
     lengths = dict(num_iterations=8000, eval_tokens=262_144, final_eval_tokens=2_097_152, num_shards=8)
-    return config.replace(**lengths, run_dir="runs/sweep")
+    return config.replace(**lengths, run_dir=run_dir)
 
 
 # %% Search space
@@ -263,7 +281,11 @@ def sweep_definition(base):
     space = search_space(base)
     shapes = {name: parameter["values"] for name, parameter in space.items() if "values" in parameter}
     for values in itertools.product(*shapes.values()):
-        suggested_config(base, dict(zip(shapes, values, strict=True)))
+        suggestion = dict(zip(shapes, values, strict=True))
+        try:
+            suggested_config(base, suggestion)
+        except InputError as error:
+            raise InputError(f"{error}; the search tries {suggestion}") from error
     return {
         "name": f"around-{Path(base.run_dir).name}",
         "method": "bayes",
@@ -453,7 +475,12 @@ def local_search(base):
             mode="offline", project=base.project, group="local search", config=suggestion, dir=base.run_dir,
             reinit="finish_previous", settings=wandb.Settings(silent=True),
         )  # fmt: skip
-        rows.append(run_trial(base, run, suggestion))
+        try:
+            rows.append(run_trial(base, run, suggestion))
+        except KeyboardInterrupt:
+            print("interrupted: the results are those of the trials before; the next start searches anew", flush=True)
+            run.finish(exit_code=1)
+            break
         run.finish(exit_code=int(bool(rows[-1]["failure"])))
     return rows
 
@@ -503,17 +530,17 @@ def show_table(rows, names, count=10):
 
 
 def show_winner(base, rows):
-    """Prints the best trial's Config as code for the subject: what differs from this device's default, but for the
-    length of the run."""
+    """Prints CHANGES of the subject for the best trial: what differs from this device's default, but for the length of
+    the run."""
     best, default = ranked(rows)[0], nb.Config.for_device()
     config = suggested_config(base, {name: best[name] for name in search_space(base) if name in best})
     print(f"{best['val_bpb']:.4f} bits per byte with")
-    print("config = Config.for_device().replace(")
+    changes = {}
     for field in dataclasses.fields(nb.Config):
         value, learned = getattr(config, field.name), field.compare or not field.metadata["resume"]
         if learned and value != getattr(default, field.name) and field.name not in ("num_iterations", "num_shards"):
-            print(f"    {field.name}={value!r},")
-    print(")")
+            changes[field.name] = value
+    print(f"CHANGES = {pprint.pformat(changes, sort_dicts=False)}")
 
 
 # %% Pictures
@@ -556,22 +583,18 @@ def plot_curves(rows, path):
 # The first tab leaves `SWEEP_ID` empty and prints one; the others paste it. As a script: `python 03_worker.py
 # 02_train.py --sweep_id abc123 --project tpuchat`. Every field of the base Config is another option.
 
-# %% Parameters tags=["parameters", "run"]
-USAGE = "03_worker.py [NOTEBOOK] searches over the Config of NOTEBOOK, a .py or .ipynb, of which these are the fields."
-SWEEP_ID = ""  # @param {type:"string"}
-PROJECT = "tpuchat"  # @param {type:"string"}
-ENTITY = ""  # @param {type:"string"}
-RUNS = 40  # @param {type:"integer"}
-LOCAL_TRIALS = 4  # @param {type:"integer"}
-
 # %% Configure tags=["run"]
+USAGE = "03_worker.py [NOTEBOOK] searches over the Config of NOTEBOOK, a .py or .ipynb, of which these are the fields."
 with nb.one_line_errors():
-    base = base_config()
+    base = base_config().replace(**CHANGES)
     base = base.replace(sweep_id=SWEEP_ID, project=PROJECT, entity=ENTITY, runs=RUNS, trials=LOCAL_TRIALS)
     base = nb.parse_args([] if IN_NOTEBOOK else sys.argv[1:], base, USAGE)
     sweep_definition(base)  # raises if some shape is no model
-    nb.describe_machine(base)
     key = nb.wandb_key()
+    rule = "needs a key: set WANDB_API_KEY, or run `wandb login`"
+    require(key or not base.sweep_id, "sweep_id", base.sweep_id, rule)
+    nb.describe_machine(base)
+    print(f"subject {getattr(nb, '__file__', NOTEBOOK)}")
     describe_budget(base, base.runs if key else base.trials)
 
 # %% [markdown]
@@ -583,8 +606,9 @@ with nb.one_line_errors():
     if key:
         check_login()
         base = base if base.sweep_id else base.replace(sweep_id=create_sweep(base))
-        sweep = base.sweep_id
-        print(f"sweep   {sweep}: put it into SWEEP_ID of the next tab, or python 03_worker.py --sweep_id {sweep}")
+        options = " ".join(map(shlex.quote, () if IN_NOTEBOOK else sys.argv[1:]))
+        command = f"python 03_worker.py {NOTEBOOK} {options} --sweep_id {base.sweep_id}"
+        print(f"sweep   {base.sweep_id}: put it into SWEEP_ID of the next tab, or {command}")
     else:
         print("no WANDB_API_KEY: a search on this machine, logged offline")
 
@@ -609,6 +633,7 @@ if ranked(rows):
     plot_parameters(rows, search_space(base), Path(base.run_dir) / "parameters.png")
     plot_curves(rows, Path(base.run_dir) / "curves.png")
     show_winner(base, rows)
+    print(f"parameters.png and curves.png are in {base.run_dir}")
 else:
     print("no trial came to its end")
 

@@ -33,6 +33,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import linecache
 import math
 import os
 import re
@@ -611,29 +612,35 @@ def describe_trace(run_dir, reports):
 # %% Load a notebook cellView="form" tags=["shared"]
 # @title Load a notebook
 def load_notebook(name):
-    """Returns a notebook, here, beside this file or on GitHub, as a module of its cells not tagged `run`."""
-    paths = Path(name).absolute(), Path(globals().get("__file__", "")).absolute().parent / name
-    web = f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
+    """Returns a notebook, .py or .ipynb, as a module of its code cells not tagged `run`, without lines of % and !.
+
+    It is looked for here, beside this file, and on GitHub. Raises InputError if it is nowhere, or no notebook."""
+    paths = Path(name).expanduser().absolute(), Path(globals().get("__file__", "")).absolute().parent / name
     path = next((path for path in paths if path.is_file()), None)
-    url = path.as_uri() if path else web
+    url = path.as_uri() if path else f"https://raw.githubusercontent.com/{GITHUB}/main/{name}"
     try:
-        text = urllib.request.urlopen(url, timeout=30).read().decode()
-        cells = json.loads(text)["cells"] if name.endswith(".ipynb") else []
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"notebook={name!r}: there is no such notebook here, and none at {url} ({error})") from error
-    cells = [cell for cell in cells if cell["cell_type"] == "code" and "run" not in cell["metadata"].get("tags", [])]
-    code = "\n".join("".join(cell["source"]) for cell in cells)
-    if not name.endswith(".ipynb"):
-        run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
-        cells = re.split(r"^(?=# %%)", text, flags=re.M)
-        code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
-    title = f"subject_{Path(name).stem}"
+        data = urllib.request.urlopen(url, timeout=30).read()
+    except (OSError, ValueError) as error:
+        raise InputError(f"notebook={name!r}: there is no such file here, and none at {url} ({error})") from error
+    try:
+        if name.endswith(".ipynb"):
+            cells = [cell for cell in json.loads(data)["cells"] if cell["cell_type"] == "code"]
+            cells = ["".join(cell["source"]) for cell in cells if "run" not in cell["metadata"].get("tags", [])]
+            code = re.sub(r"^ *[%!].*", "", "\n".join(cells), flags=re.M)
+        else:
+            run = re.compile(r'# %%.*(\[markdown\]|tags=\[[^\]]*"run")')
+            cells = re.split(r"^(?=# %%)", data.decode(), flags=re.M)
+            code = "".join("\n" * cell.count("\n") if run.match(cell) else cell for cell in cells)  # line numbers stay
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"notebook={name!r}: {path or url} is no notebook ({error!r})") from error
+    title, file = f"subject_{Path(name).stem}", str(path or url)
+    linecache.cache[file] = len(code), None, code.splitlines(True), file  # a traceback shows the line
     module = sys.modules[title] = type(sys)(title)  # before the code runs: dataclasses look their module up
     if path:
-        module.__file__ = str(path)  # beside it is the embedded corpus
+        module.__file__ = file  # beside it is the embedded corpus
     if "get_ipython" in globals():
         module.get_ipython = get_ipython  # noqa: F821  by which the subject knows that it is in a notebook
-    exec(compile(code, url.removeprefix("file://"), "exec", dont_inherit=True), module.__dict__)
+    exec(compile(code, file, "exec", dont_inherit=True), module.__dict__)
     if not hasattr(module, "train_step"):
         raise InputError(f"notebook={name!r}: has no train_step; 02_train.py has one")
     return module

@@ -433,12 +433,12 @@ class Options:
     total_batch_size: int = runtime(-1, "tokens per optimizer step; -1 = one pass; more accumulates", POSITIVE_OR_AUTO)
     grad_clip: float = runtime(0.0, "largest norm of the gradient; 0 = no clipping, which is faster", NOT_NEGATIVE)
     nonfinite: str = runtime(
-        "stop", "after a NaN or infinite gradient: stop, or skip the update", one_of("stop", "skip")
+        "stop", "after a NaN or infinite gradient: stop, or skip the update but count the step", one_of("stop", "skip")
     )
 
     # Optimization: traced scalars on the device
     learning_rate: float = free(3e-4, "peak learning rate; the head has four times as much", POSITIVE)
-    weight_decay: float = free(0.1, "weight decay of the matrices, times the learning rate", NOT_NEGATIVE)
+    weight_decay: float = free(0.1, "weight decay of the matrices, times their learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)
     eps: float = free(1e-8, "AdamW's epsilon", at_least(1e-30, "float32 would divide by zero"))
@@ -2450,9 +2450,13 @@ def embedded_folder():
 def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
-    text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
+    try:
+        text = path.read_text(encoding="utf-8") if path else fetch_ours(name, f"put {name} beside this file").decode()
+    except (OSError, UnicodeDecodeError):
+        text = ""
     start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
     require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    say_once(name, f"data    read by {path or f'{name} of GitHub'}")
     cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
     code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
     code = "\n" * text[:start].count("\n") + code  # line numbers stay

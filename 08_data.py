@@ -20,16 +20,17 @@
 # %% [markdown]
 # # Your own data: any text, any data set of the Hub
 #
-# `--dataset` of 01, 02, 04 and 06 names a file, a folder, or a data set of the Hub. FineWeb-Edu and the embedded corpus
+# `dataset` of 01, 02, 04 and 06 names a file, a folder, or a data set of the Hub. FineWeb-Edu and the embedded corpus
 # are parquet files with a column `text`, which those notebooks read by themselves. Everything else is read by Part I of
-# this notebook: they execute it, from beside them or from GitHub, where `dataset` asks for it. Here you can see what
-# they will read, on a free CPU runtime, before you pay for a TPU: the files, the splits, the column, the documents.
+# this notebook: where `dataset` asks for it, those notebooks execute Part I of `08_data.py`, from beside them or from
+# GitHub. Run this notebook to see what they will read, on a free CPU runtime, before you pay for a TPU: the files, the
+# splits, the column, the documents.
 
 # %% [markdown]
 # ## Setup
 #
 # The collapsed cells are copies from `01_tokenizer.py`: what is missing is installed, then imports and errors, options,
-# downloads from the Hub, and the shards of parquet.
+# downloads from the Hub, and the shards of parquet. Part I stands below them.
 
 # %% Install what is missing cellView="form" tags=["shared"]
 # @title Install what is missing
@@ -520,9 +521,13 @@ def embedded_folder():
 def execute_part_one(name):
     """Executes Part I of another notebook of ours, but for shared cells and those that run, as if it stood here."""
     path = find_here(name)
-    text = path.read_text(encoding="utf-8") if path else fetch_ours(name, "set dataset='embedded'").decode()
+    try:
+        text = path.read_text(encoding="utf-8") if path else fetch_ours(name, f"put {name} beside this file").decode()
+    except (OSError, UnicodeDecodeError):
+        text = ""
     start, end = text.find("\n# # Part I:"), text.find("\n# # Part II")
     require(0 < start < end, name, str(path), "is not the notebook of this name: move it away")
+    say_once(name, f"data    read by {path or f'{name} of GitHub'}")
     cells = re.split(r"^(?=# %%)", text[start:end], flags=re.M)
     code = "".join("\n" * cell.count("\n") if re.match(r"# %%.* tags=\[", cell) else cell for cell in cells)
     code = "\n" * text[:start].count("\n") + code  # line numbers stay
@@ -837,7 +842,7 @@ def choose_column(file, kinds, sizes, wanted):
     if wanted == "text" and len(sizes) == 1 and "text" not in kinds:
         say_once(("column", *sizes), f"data    the texts are the column `{min(sizes)}`, the only one of strings")
         return min(sizes)
-    found = [f"{name} ({kind})" for name, kind in kinds.items()] or ["none"]
+    found = [f"{name[:40]} ({kind})" for name, kind in kinds.items()] or ["none"]
     found = ", ".join(found[:20]) + ", …" * (len(found) > 20)
     hint = f"; the likeliest: text_column={max(sizes, key=sizes.get)!r}" if sizes else ""
     raise InputError(f"{file}: must have a `{wanted}` column of strings; its columns: {found}{hint}")
@@ -1133,7 +1138,8 @@ READERS = {"parquet": parquet_rows, "arrow": arrow_rows, "text": text_rows, "jso
 
 
 def list_own_shards(config):
-    """Returns ([a function that returns a training Shard, ready to read, …], the same for validation).
+    """Returns ([a function that returns a training Shard, ready to read, …], the same for validation). It takes the
+    place of the function of this name in the cell Shards.
 
     What names, or the splits of the dataset, call validation, else dev or test, validates. Else it is the last shard. A
     single file and text files are divided: 2% of the documents validate, or one, by the hash of their text."""
@@ -1199,9 +1205,9 @@ class Probe:
 
 
 def count_documents(shard, enough=2**24):
-    """Returns (documents, bytes of text, share of the shard that was read, whether that is all of it).
+    """Returns (documents, bytes of text, share of the shard that was read, whether that is all of it), of any format.
 
-    It stops when there is `enough` text in 100 documents."""
+    It stops when there is `enough` text in 100 documents. It takes the place of the function in the cell Shards."""
     documents = size = row = 0
     kind, total = kind_of(shard.files[0]), sum(map(size_of, shard.files))
     probes = shard.files if kind in ("parquet", "arrow") else tuple(map(Probe, shard.files))
@@ -1303,11 +1309,11 @@ def one_line_errors():
 # As a script: `python 08_data.py --dataset my.jsonl --text_column body`.
 
 # %% Parameters tags=["parameters", "run"]
-DATASET = "embedded"  # @param {type:"string"}
+CHANGES = {}  # fields of Config, such as {"dataset": "reviews.csv", "text_column": "review"}
 
 # %% Configure tags=["run"]
 with one_line_errors():
-    config = parse_args([] if IN_NOTEBOOK else sys.argv[1:], Config(dataset=DATASET))
+    config = parse_args([] if IN_NOTEBOOK else sys.argv[1:], Config().replace(**CHANGES))
 
 # %% [markdown]
 # **What to look for.** Is the validation part what you want to be judged by? Do the documents begin where a document
@@ -1331,4 +1337,4 @@ import shlex
 given = [f"--{field.name} {shlex.quote(str(getattr(config, field.name)))}" for field in dataclasses.fields(config)
          if getattr(config, field.name) != field.default or field.name == "dataset"]  # fmt: skip
 print(f"python 01_tokenizer.py {' '.join(given)}    # its tokenizer, beside GPT-2's and GPT-4's")
-print(f"python 02_train.py {' '.join(given)}")
+print(f"python 02_train.py {' '.join(given)}    # in its notebook: CHANGES = {CHANGES}")

@@ -24,13 +24,13 @@ SMALL = "--n_head 1 --aspect_ratio 128 --vocab_size 512 --seq_len 256"
 SETTINGS = {  # of a Config, or of forms; then what is printed, and how many pictures are shown
     "01": (dict(dataset=EMBEDDED), ["byte for byte the tokenizer beside the shards", "merging: 100%", "per token"], 1),
     "02": (FEW, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
-    "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "config = Config"], 2),
+    "03": (TRIAL | dict(LOCAL_TRIALS=2), ["budget  2 trials of", "a search on this machine", "CHANGES = {"], 2),
     "04": (WIDE, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "05": (dict(NOTEBOOK=ROOT / "02_train.py", OPTIONS=SMALL), ["attention kernel"], 0),
     "06": (FEW, ["this model", "sample: 'It is a truth", "a step takes", "new tokens in", "most surprising:"], 1),
     "07": (dict(TASKS="core", LIMIT=6), ["the mean of 3 tasks", "question"], 1),
     "08": (
-        dict(DATASET="notes.jsonl"),
+        dict(dataset="notes.jsonl"),
         ["trains: ", "validates: ", "'Note 0.'", "02_train.py --dataset notes.jsonl"],
         0,
     ),

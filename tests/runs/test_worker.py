@@ -1,5 +1,6 @@
 """03_worker.py: its search, its trials, and the real wandb agent against a server on loopback."""
 
+import ast
 import dataclasses
 import gc
 import itertools
@@ -118,17 +119,20 @@ def test_in_04_the_shape_stays(worker, mt):
 def test_the_subject_is_any_notebook(tmp_path):
     """06 as a .ipynb of another name, as a person would save one; what is no notebook is a line."""
     mine = json.loads((ROOT / "06_recipe.ipynb").read_text())
+    mine["cells"].append({"cell_type": "code", "metadata": {}, "source": ["%pip list\n", "MINE = 1\n"]})
     (tmp_path / "mine.ipynb").write_text(json.dumps(mine))
     options = TRIAL | dict(head_dim=8, trials=1, num_iterations=20, run_dir="runs")
     options = [f"--{name}={value}" for name, value in options.items()]
     done = script("03_worker.py", "mine.ipynb", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "config = Config.for_device().replace(" in done.stdout and not done.stderr
-    (tmp_path / "broken.ipynb").write_text("{}")
-    for name in ("nosuch.py", "broken.ipynb"):
+    assert "CHANGES = {" in done.stdout and not done.stderr
+    (tmp_path / "broken.ipynb").write_text("[]")
+    (tmp_path / "binary.py").write_bytes(b"\xff\x00")
+    words = {"nosuch.py": "there is no such file here", "broken.ipynb": "is no notebook", "binary.py": "is no notebook"}
+    for name, said in words.items():
         done = script("03_worker.py", name, cwd=tmp_path, env=without_hub(tmp_path))
         assert (done.returncode, done.stdout) == (2, "")
-        assert one_line(done.stderr.strip(), f"error: notebook={name!r}: there is no such notebook here")
+        assert one_line(done.stderr.strip(), f"error: notebook={name!r}: ", said)
 
 
 # ---- trials
@@ -159,8 +163,8 @@ def test_a_search_without_an_account(worker, base, capsys):
     worker.show_winner(base, rows)
     out = capsys.readouterr().out
     assert f"{best[0]['val_bpb']:.4f}" in out and "1 of 3 trials were stopped or failed" in out
-    code = out[out.index("config = ") :].removeprefix("config = ")
-    config = eval(code, {"Config": worker.nb.Config})
+    changes = ast.literal_eval(out[out.index("CHANGES = ") :].removeprefix("CHANGES = "))
+    config = worker.nb.Config.for_device().replace(**changes)
     trial = worker.trial_config(base, {name: best[0][name] for name in space}, "x")
     same = ("n_head", "kv_heads", "head_dim", "n_embd", "depth", "seq_len", "vocab_size", "dataset", "learning_rate")
     same += ("weight_decay", "warmup_ratio", "warmdown_ratio", "device_batch_size", "tokens_per_step")
@@ -301,7 +305,7 @@ def test_the_rows_of_all_workers(worker, base, tmp_path, monkeypatch, capsys):
     assert rows[0]["curve"] == [(10, 2.0), (20, 1.5)] and "trial" not in rows[0]
     assert [row["name"] for row in worker.ranked(rows)] == ["best", "far"]
     worker.show_winner(base, rows)
-    assert "learning_rate=0.003" in capsys.readouterr().out
+    assert "'learning_rate': 0.003" in capsys.readouterr().out
 
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: refused at once

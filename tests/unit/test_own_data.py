@@ -511,7 +511,7 @@ def test_what_is_not_08_is_not_executed(nb, tmp_path, monkeypatch):
     monkeypatch.setattr(nb.urllib.request, "urlopen", lambda *_, **how: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(nb.InputError) as error:
         nb.execute_part_one("08_data.py")
-    assert one_line(str(error.value), "main/08_data.py: no network", "set dataset='embedded'")
+    assert one_line(str(error.value), "main/08_data.py: no network", "put 08_data.py beside this file")
 
 
 def test_a_traceback_points_into_08(nb):

@@ -89,6 +89,7 @@ install(
 
 # %% Imports cellView="form"
 # @title Imports
+import atexit
 import dataclasses
 import functools
 import gc
@@ -96,6 +97,7 @@ import itertools
 import json
 import linecache
 import math
+import os
 import pprint
 import random
 import shlex
@@ -429,9 +431,20 @@ def ask_wandb(what, call):
         raise InputError(f"wandb: cannot {what}: {first_line(error)}") from error
 
 
+def leave_at_once():
+    """Ends the process without wandb's own exit, which may wait for minutes for a server that does not answer."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(2)
+
+
 def check_login():
     """Raises InputError, within seconds, if wandb does not answer or refuses the key."""
-    ask_wandb("log in (check the network and WANDB_API_KEY)", lambda: wandb.login(verify=True))
+    try:
+        ask_wandb("log in (check the network and WANDB_API_KEY)", lambda: wandb.login(verify=True))
+    except InputError:
+        if __name__ == "__main__" and not IN_NOTEBOOK:
+            atexit.register(leave_at_once)  # the last one registered is called first
+        raise
 
 
 def create_sweep(base):

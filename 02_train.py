@@ -25,7 +25,7 @@
 #
 # This notebook trains a small language model from scratch, in raw JAX. Press *Run all*: you get a loss curve, samples,
 # a checkpoint, and a profile that TensorBoard can open. On a Colab TPU v6e it trains the reference model, 268M
-# parameters, on 2.7B tokens of FineWeb-Edu: 3.3 hours at the compiler's estimate of 36.5 ms a step. On a free CPU
+# parameters, on 2.7B tokens of FineWeb-Edu: 3.3 hours at the compiler's estimate of 35.7 ms a step. On a free CPU
 # runtime it trains a demo of 3.7M parameters in a few minutes.
 #
 # - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →
@@ -456,7 +456,9 @@ class Options:
     )
 
     # Optimization: traced scalars on the device
-    learning_rate: float = free(3e-4, "peak learning rate; the head has four times as much", POSITIVE)
+    learning_rate: float = free(
+        3e-4, "peak learning rate of most weights; the section Optimizer has the others", POSITIVE
+    )
     weight_decay: float = free(0.1, "weight decay of the matrices, times their learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)

@@ -316,7 +316,7 @@ if IN_NOTEBOOK:
 # and the lowest bits per byte is what this budget buys. The budget is `base.num_iterations` steps of the base.
 #
 # FLOPs are known before the first trial. Time and price need the share of the chip's peak that a step reaches (MFU):
-# 40% is assumed. For the reference model on a v6e the compiler's estimate is 46%, and smaller models reach less.
+# 40% is assumed. For the reference model on a v6e the compiler's estimate is 39%, and smaller models reach less.
 
 # %% Budget
 ASSUMED_MFU = 0.4

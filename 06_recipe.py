@@ -437,7 +437,9 @@ class Options:
     )
 
     # Optimization: traced scalars on the device
-    learning_rate: float = free(3e-4, "peak learning rate; the head has four times as much", POSITIVE)
+    learning_rate: float = free(
+        3e-4, "peak learning rate of most weights; the section Optimizer has the others", POSITIVE
+    )
     weight_decay: float = free(0.1, "weight decay of the matrices, times their learning rate", NOT_NEGATIVE)
     beta1: float = free(0.9, "AdamW's decay of the first moment", BELOW_ONE)
     beta2: float = free(0.95, "AdamW's decay of the second moment", BELOW_ONE)

@@ -1,8 +1,11 @@
 """Tests run on the CPU, whatever the machine has, and never log in; `pytest -m accelerator` runs on the device."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with SIGINT ignored
 
 if "accelerator" not in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes that tests start

@@ -633,7 +633,8 @@ def merge_heads(y):
 # %% Parts cellView="form" tags=["shared"]
 # @title Parts
 def part_of(path):
-    """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree."""
+    """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree. Its name
+    decides: what nothing below names counts as attn."""
     name = path[-1].key
     if name == "lm_head":
         return name
@@ -928,20 +929,20 @@ if IN_NOTEBOOK:
 
 # %% [markdown]
 # What each choice costs on a v6e: 369M parameters, 8 × 2048 tokens, estimated by the TPU's compiler (`python
-# 05_preflight.py 04_maxtext.py v6e` with the options of the first column; compile times on two busy CPU cores).
+# 05_preflight.py 04_maxtext.py v6e` with the options of the first column, jax 0.10.2, libtpu 0.0.42.1).
 #
-# | | ms a step | tok/s | MFU | peak HBM | compile |
-# |---|---|---|---|---|---|
-# | the defaults | 76.9 | 212,985 | 53.7% | 13.58 GiB | 62 s |
-# | `--loss_chunks 8` | 79.9 | 204,984 | 51.7% | 12.95 GiB | 79 s |
-# | `--remat minimal` | 83.0 | 197,286 | 49.8% | 13.29 GiB | 79 s |
-# | `--remat full` | 98.0 | 167,167 | 42.2% | 6.54 GiB | 120 s |
-# | `--layers scanned` | 252.8 | 64,818 | 16.3% | 27.13 GiB | 55 s |
-# | `--layers scanned --remat minimal --loss_chunks 8` | 129.0 | 127,017 | 32.0% | 13.62 GiB | 61 s |
+# | | ms a step | tok/s | MFU | peak HBM |
+# |---|---|---|---|---|
+# | the defaults | 96.3 | 170,073 | 42.9% | 13.63 GiB |
+# | `--loss_chunks 8` | 100.2 | 163,589 | 41.3% | 13.00 GiB |
+# | `--remat minimal` | 107.0 | 153,148 | 38.6% | 13.29 GiB |
+# | `--remat full` | 122.6 | 133,600 | 33.7% | 6.54 GiB |
+# | `--layers scanned` | 254.3 | 64,419 | 16.2% | 27.13 GiB |
+# | `--layers scanned --remat minimal --loss_chunks 8` | 144.8 | 113,176 | 28.5% | 13.62 GiB |
 #
 # On one chip, and at this size, the habits of the big trainers do not pay, so the defaults are without them. `minimal`
 # keeps almost as much as `none`: in unrolled layers XLA computes cheap things again by itself, and the barriers of a
-# policy cost 6 ms. `full` is for what does not fit: half the memory, 27% more time. The table is a reason to measure,
+# policy cost 11 ms. `full` is for what does not fit: half the memory, 27% more time. The table is a reason to measure,
 # not to believe.
 
 # %% [markdown]
@@ -949,7 +950,7 @@ if IN_NOTEBOOK:
 #
 # A trainer of deep models scans: `jax.lax.scan` compiles one layer, and runs it L times on stacked weights. A scan
 # writes everything that a layer keeps into arrays of 24 layers, and reads it back; that is where its time goes in the
-# table. It compiles hardly faster, because XLA compiles equal layers once in any case.
+# table. It compiles hardly faster (55 s, unrolled 62, on two busy cores): XLA compiles equal layers once in any case.
 
 
 # %% All layers

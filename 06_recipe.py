@@ -678,7 +678,8 @@ def merge_heads(y):
 # %% Parts cellView="form" tags=["shared"]
 # @title Parts
 def part_of(path):
-    """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree."""
+    """Returns the part of the model, embed, attn, mlp or lm_head, of a parameter, by its path in the tree. Its name
+    decides: what nothing below names counts as attn."""
     name = path[-1].key
     if name == "lm_head":
         return name

@@ -192,8 +192,8 @@ import jax  # after the subject, which sets the variables that jax reads
 # Every suggestion is a valid Config: heads follow from the width, so they divide it. (In 04 they do not follow, and its
 # shape stays.) No model is larger than the base, which fits the device. The first four parameters are traced, so
 # changing them compiles nothing; each of the 2 × 2 × 2 × 3 shapes compiles once. Heads narrower than the base's are
-# left out, since a register of the TPU is 128 lanes wide: at width 512 a step takes 23.8 ms with heads of 64, and
-# 6.5 ms with heads of 128 (02 on a v6e, estimated by the compiler).
+# left out, since a register of the TPU is 128 lanes wide: at width 512 a step takes 25.2 ms with heads of 64, and
+# 8.5 ms with heads of 128 (02 on a v6e, estimated by the compiler).
 
 
 # %% Base of the search

@@ -29,8 +29,8 @@
 # runtime it trains a demo of 3.7M parameters in a few minutes.
 #
 # - **Part I, the model and its training**: config → model → attention → loss → optimizer → train step → data →
-#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Part I has 1,700 words
-#   of text, and 850 lines of code that are shown.
+#   evaluation → sampling → the loop. Most sections end with a cell that tries what they defined. Part I has 1,550 words
+#   of text, and 840 lines of code that are shown.
 # - **Part II, infrastructure**: the fused attention kernel, files, the Hub, checkpoints, logs, hosts. Its cells are
 #   collapsed; open the one that you need.
 # - **Part III, run**: configure, check the memory, train, look at the result.
@@ -736,7 +736,7 @@ def per_device(config, function):
 #   (*QK-norm*).
 # - Position: [RoPE](https://arxiv.org/abs/2104.09864). MLP: [ReLU²](https://arxiv.org/abs/2109.08668).
 # - Attention: [grouped-query](https://arxiv.org/abs/2305.13245). Three layers of four see half the context, the last
-# one sees all of it.
+#   one sees all of it.
 # - *x0 residuals*: each layer mixes the embedding back in, x ← a·x + b·x0, with its own learned a and b.
 # - Embedding and head are not tied. Logits are [soft-capped](https://arxiv.org/abs/2408.00118).
 #
